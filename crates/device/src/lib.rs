@@ -1,0 +1,17 @@
+//! Virtio devices: one file a device model, storage behind a trait, and the engine that serves their queues.
+//!
+//! Knows requests and what to do with them. Does not know whether an IOMMU exists ([`ringfence_dma::Memory`] is handed
+//! to a queue when it starts), nor how a driver reaches the device: that is a transport's business.
+//!
+//! To add a device, write one file with a [`Device`] and its [`Handler`], and add its line below.
+
+mod device;
+mod request;
+
+pub mod blk;
+pub mod queue;
+pub mod storage;
+pub mod worker;
+
+pub use device::{Device, Handler, Outcome, Token};
+pub use request::{Pieces, Request, Unreachable};

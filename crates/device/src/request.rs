@@ -1,0 +1,125 @@
+use ringfence_dma::{DetachedSlice, HostSlice};
+use std::marker::PhantomData;
+
+/// A request whose every byte can be reached for as long as `'l`: until the end of its lease.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'l> {
+    /// What the driver wrote for the device to read.
+    pub readable: Pieces<'l>,
+    /// Where the device's answer goes.
+    pub writable: Pieces<'l>,
+}
+
+/// One half of a request: bytes in order, scattered over memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Pieces<'l> {
+    pieces: &'l [DetachedSlice],
+    len: u32,
+    lease: PhantomData<HostSlice<'l>>,
+}
+
+impl<'l> Pieces<'l> {
+    /// The bytes of `pieces`, in order.
+    ///
+    /// # Safety
+    /// Every piece is good for all of `'l`, as in [`DetachedSlice::attach`].
+    pub(crate) unsafe fn new(pieces: &'l [DetachedSlice], len: u32) -> Self {
+        Self { pieces, len, lease: PhantomData }
+    }
+
+    /// How many bytes.
+    #[inline]
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Copies the bytes from `offset` out; `false`, and nothing copied, where there are fewer.
+    #[inline]
+    pub fn read(&self, offset: u32, into: &mut [u8]) -> bool {
+        self.each(offset, into.len(), |at, piece| piece.read(0, &mut into[at..at + piece.len()]))
+    }
+
+    /// Copies `from` to `offset`; `false`, and nothing copied, where it does not fit.
+    #[inline]
+    pub fn write(&self, offset: u32, from: &[u8]) -> bool {
+        self.each(offset, from.len(), |at, piece| piece.write(0, &from[at..at + piece.len()]))
+    }
+
+    /// Appends the pieces of `len` bytes from `offset` to `into`; `false`, and nothing appended, where there are fewer.
+    #[inline]
+    pub fn extract(&self, offset: u32, len: u32, into: &mut Vec<DetachedSlice>) -> bool {
+        self.each(offset, len as usize, |_, piece| into.push(piece.detach()))
+    }
+
+    #[inline]
+    fn each(&self, offset: u32, len: usize, mut each: impl FnMut(usize, HostSlice<'l>)) -> bool {
+        if offset as usize + len > self.len as usize {
+            return false;
+        }
+        let (mut skip, mut done) = (offset as usize, 0);
+        for piece in self.pieces {
+            if done == len {
+                break;
+            }
+            if skip >= piece.len() {
+                skip -= piece.len();
+                continue;
+            }
+            // SAFETY: good for 'l by the contract of `new`.
+            let piece = unsafe { piece.attach::<'l>() };
+            let here = piece.sub(skip, (piece.len() - skip).min(len - done));
+            each(done, here);
+            done += here.len();
+            skip = 0;
+        }
+        true
+    }
+}
+
+/// A request of which some byte can't be reached.
+#[derive(Clone, Copy)]
+pub struct Unreachable<'l> {
+    /// How long the device-writable part was meant to be.
+    pub writable_len: u32,
+    pub(crate) write: &'l dyn Fn(u32, &[u8]) -> bool,
+}
+
+impl Unreachable<'_> {
+    /// Copies `from` to `offset` in the writable part; `false` where those bytes too are out of reach.
+    pub fn write(&self, offset: u32, from: &[u8]) -> bool {
+        (self.write)(offset, from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ringfence_dma::Ram;
+
+    #[test]
+    fn bytes_are_in_order_whatever_the_pieces() {
+        let ram = Ram::new(4096);
+        let pieces: Vec<_> = [(100, 3), (50, 1), (200, 4)].map(|(at, len)| ram.slice(at, len).detach()).into();
+        // SAFETY: `ram` outlives `all`.
+        let all = unsafe { Pieces::new(&pieces, 8) };
+        assert!(all.write(0, b"abcdefgh"));
+        let mut back = [0; 5];
+        assert!(all.read(2, &mut back));
+        assert_eq!(&back, b"cdefg");
+        let mut second = [0; 1];
+        ram.slice(50, 1).read(0, &mut second);
+        assert_eq!(&second, b"d");
+
+        let mut part = Vec::new();
+        assert!(all.extract(1, 4, &mut part));
+        assert_eq!(part.iter().map(|piece| piece.len()).collect::<Vec<_>>(), [2, 1, 1]);
+        assert!(!all.extract(5, 4, &mut part), "runs past the end");
+        assert!(!all.write(8, b"x"));
+        assert!(all.read(8, &mut []));
+    }
+}

@@ -1,0 +1,95 @@
+use crate::{Access, BusAddr, Fault, FaultReason, Gpa, HostSlice, Stop, Ticket};
+
+/// The memory that a queue is handed when it starts. One queue has one; it is used from one thread.
+pub trait Memory {
+    /// Keeps translations good for longer than a visit: until it is dropped. See [`Visit::lease`].
+    type Lease: 'static;
+
+    /// See [`Visit`].
+    type Visit<'m>: Visit<Lease = Self::Lease>
+    where
+        Self: 'm;
+
+    /// Opens a visit. Visits are short: whoever takes a translation away waits for the end of the visits under way.
+    fn visit(&mut self) -> Self::Visit<'_>;
+}
+
+/// A short stay in memory, during which everything that it resolved may be touched.
+///
+/// No storage is waited for, no lock is taken and nothing is slept on during a visit.
+pub trait Visit {
+    /// Keeps translations good for longer than a visit: until it is dropped.
+    type Lease: 'static;
+
+    /// The memory behind `addr`: at least one byte and at most `len`, as far as it lies in one piece. `len` is not 0.
+    ///
+    /// `asked` is the ticket of an earlier try for the same purpose, if there was one.
+    ///
+    /// # Errors
+    /// [`Stop::Miss`] where a translation had to be asked for, [`Stop::Fault`] where there is none to be had or it
+    /// forbids `access`.
+    fn resolve(&self, addr: BusAddr, len: usize, access: Access, asked: Option<Ticket>) -> Result<HostSlice<'_>, Stop>;
+
+    /// Keeps what this visit resolved for `ranges` good until the lease is dropped.
+    fn lease(&self, ranges: &[(BusAddr, u32)]) -> Self::Lease;
+}
+
+/// Reads `into.len()` bytes at `addr`, however scattered they are.
+///
+/// # Errors
+/// Those of [`Visit::resolve`]; after a miss the rest of the range has been asked for too.
+pub fn copy_from_bus<V: Visit>(visit: &V, addr: BusAddr, into: &mut [u8], asked: Option<Ticket>) -> Result<(), Stop> {
+    each_piece(visit, addr, into.len(), Access::Read, asked, |offset, piece| {
+        piece.read(0, &mut into[offset..offset + piece.len()]);
+    })
+}
+
+/// Writes `from` at `addr`, however scattered it lies there.
+///
+/// # Errors
+/// Those of [`Visit::resolve`]; after a miss the rest of the range has been asked for too, and a part may be written.
+pub fn copy_to_bus<V: Visit>(visit: &V, addr: BusAddr, from: &[u8], asked: Option<Ticket>) -> Result<(), Stop> {
+    each_piece(visit, addr, from.len(), Access::Write, asked, |offset, piece| {
+        piece.write(0, &from[offset..offset + piece.len()]);
+    })
+}
+
+fn each_piece<'v, V: Visit>(
+    visit: &'v V,
+    addr: BusAddr,
+    len: usize,
+    access: Access,
+    asked: Option<Ticket>,
+    mut each: impl FnMut(usize, HostSlice<'v>),
+) -> Result<(), Stop> {
+    let mut missed = None;
+    let mut offset = 0;
+    while offset < len {
+        let Some(at) = addr.checked_add(offset as u64) else {
+            return Err(Fault { addr, access, reason: FaultReason::Wraps }.into());
+        };
+        match visit.resolve(at, len - offset, access, asked) {
+            Ok(piece) => {
+                each(offset, piece);
+                offset += piece.len();
+            }
+            Err(Stop::Miss(miss)) => {
+                missed.get_or_insert(miss);
+                // At least 1 (see `Miss::covers`); more than the rest ends the loop.
+                offset = offset.saturating_add(usize::try_from(miss.covers.max(1)).unwrap_or(usize::MAX));
+            }
+            Err(fault) => return Err(fault),
+        }
+    }
+    match missed {
+        Some(miss) => Err(Stop::Miss(miss)),
+        None => Ok(()),
+    }
+}
+
+/// Guest-physical memory as it is mapped here.
+pub trait Physical {
+    /// The memory behind `gpa`: at least one byte and at most `len`, as far as it lies in one piece; `None` where
+    /// there is no memory.
+    fn slice(&self, gpa: Gpa, len: usize) -> Option<HostSlice<'_>>;
+}

@@ -1,0 +1,184 @@
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+/// A piece of memory that both sides of a device touch, good for `'m`.
+///
+/// The other side may write at any time, so there is never a reference into it: bytes are copied in and out, and what
+/// was copied out is what gets checked. Every method checks its bounds; being out of them is our own mistake and panics.
+#[derive(Clone, Copy, Debug)]
+pub struct HostSlice<'m> {
+    start: NonNull<u8>,
+    len: usize,
+    memory: PhantomData<&'m ()>,
+}
+
+// SAFETY: a slice is an address and a length; every access through it is a copy or an atomic, and the memory is by
+// definition shared with parties that no lock of ours could stop.
+unsafe impl Send for HostSlice<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for HostSlice<'_> {}
+
+macro_rules! atomic {
+    ($load:ident, $store:ident, $int:ty, $atomic:ty) => {
+        /// Reads a little-endian integer in one access where it is aligned, else byte by byte.
+        #[inline]
+        pub fn $load(&self, offset: usize, order: Ordering) -> $int {
+            let at = self.at(offset, size_of::<$int>()).cast::<$int>();
+            if at.is_aligned() {
+                // SAFETY: in bounds by `at`, aligned, alive for 'm by `new`; atomics may race with anything.
+                <$int>::from_le(unsafe { <$atomic>::from_ptr(at.as_ptr()) }.load(order))
+            } else {
+                let mut bytes = [0; size_of::<$int>()];
+                self.read(offset, &mut bytes);
+                <$int>::from_le_bytes(bytes)
+            }
+        }
+
+        /// Writes a little-endian integer in one access where it is aligned, else byte by byte.
+        #[inline]
+        pub fn $store(&self, offset: usize, value: $int, order: Ordering) {
+            let at = self.at(offset, size_of::<$int>()).cast::<$int>();
+            if at.is_aligned() {
+                // SAFETY: in bounds by `at`, aligned, alive for 'm by `new`; atomics may race with anything.
+                unsafe { <$atomic>::from_ptr(at.as_ptr()) }.store(value.to_le(), order);
+            } else {
+                self.write(offset, &value.to_le_bytes());
+            }
+        }
+    };
+}
+
+impl<'m> HostSlice<'m> {
+    /// A slice of `len` bytes from `start`.
+    ///
+    /// # Safety
+    /// For all of `'m` the bytes are mapped, readable and writable, and no Rust reference to any of them exists.
+    #[inline]
+    pub unsafe fn new(start: NonNull<u8>, len: usize) -> Self {
+        Self { start, len, memory: PhantomData }
+    }
+
+    /// How many bytes.
+    #[inline]
+    #[expect(clippy::len_without_is_empty, reason = "a resolved slice is never empty")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The address of the first byte, for system calls. Touching memory through it is up to the caller's own proof.
+    #[inline]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
+    /// `len` bytes from `offset`.
+    #[inline]
+    pub fn sub(&self, offset: usize, len: usize) -> HostSlice<'m> {
+        HostSlice { start: self.at(offset, len), len, memory: PhantomData }
+    }
+
+    /// Copies `into.len()` bytes from `offset` out of the slice.
+    #[inline]
+    pub fn read(&self, offset: usize, into: &mut [u8]) {
+        let at = self.at(offset, into.len());
+        // SAFETY: in bounds by `at`; `into` is ours alone, so the two cannot overlap. A writer on the other side makes
+        // the bytes that arrive arbitrary, not the copy wrong: they go into plain memory and are checked there.
+        unsafe { at.as_ptr().copy_to_nonoverlapping(into.as_mut_ptr(), into.len()) }
+    }
+
+    /// Copies `from` to `offset` in the slice.
+    #[inline]
+    pub fn write(&self, offset: usize, from: &[u8]) {
+        let at = self.at(offset, from.len());
+        // SAFETY: as in `read`, the other way round.
+        unsafe { at.as_ptr().copy_from_nonoverlapping(from.as_ptr(), from.len()) }
+    }
+
+    /// Sets every byte to `value`.
+    #[inline]
+    pub fn fill(&self, value: u8) {
+        // SAFETY: the whole slice, valid by `new`.
+        unsafe { self.start.as_ptr().write_bytes(value, self.len) }
+    }
+
+    atomic!(load_u16, store_u16, u16, AtomicU16);
+    atomic!(load_u32, store_u32, u32, AtomicU32);
+    atomic!(load_u64, store_u64, u64, AtomicU64);
+
+    /// Forgets for how long the slice is good, so that it can wait beside the lease that keeps it good.
+    #[inline]
+    pub fn detach(self) -> DetachedSlice {
+        DetachedSlice { start: self.start, len: self.len }
+    }
+
+    #[inline]
+    fn at(&self, offset: usize, len: usize) -> NonNull<u8> {
+        assert!(offset <= self.len && len <= self.len - offset, "{len} bytes at {offset} of a slice of {}", self.len);
+        // SAFETY: within the slice by the line above.
+        unsafe { self.start.add(offset) }
+    }
+}
+
+/// A [`HostSlice`] that has forgotten for how long it is good, and therefore can't be touched.
+///
+/// Laid out as an `iovec` is: a pointer, then a length.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct DetachedSlice {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: an address and a length; nothing can be done with them but `attach`, which is unsafe.
+unsafe impl Send for DetachedSlice {}
+
+impl DetachedSlice {
+    /// How many bytes.
+    #[expect(clippy::len_without_is_empty, reason = "comes from a slice that is never empty")]
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The address of the first byte, for system calls.
+    #[inline]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
+    /// The slice again.
+    ///
+    /// # Safety
+    /// The memory is good for all of `'m`: the visit that resolved it is still open, or a lease over it is still held.
+    #[inline]
+    pub unsafe fn attach<'m>(self) -> HostSlice<'m> {
+        // SAFETY: by this function's own contract.
+        unsafe { HostSlice::new(self.start, self.len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::Ram;
+    use core::sync::atomic::Ordering;
+
+    #[test]
+    fn integers_are_little_endian_whether_aligned_or_not() {
+        let ram = Ram::new(64);
+        let slice = ram.slice(0, 64);
+        for offset in [0, 1, 3, 8] {
+            slice.store_u32(offset, 0x0403_0201, Ordering::Relaxed);
+            let mut bytes = [0; 4];
+            slice.read(offset, &mut bytes);
+            assert_eq!(bytes, [1, 2, 3, 4]);
+            assert_eq!(slice.load_u32(offset, Ordering::Relaxed), 0x0403_0201);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "2 bytes at 7 of a slice of 8")]
+    fn out_of_bounds_is_our_mistake() {
+        Ram::new(8).slice(0, 8).load_u16(7, Ordering::Relaxed);
+    }
+}

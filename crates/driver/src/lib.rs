@@ -1,0 +1,28 @@
+//! Virtio drivers for kernels, unikernels, firmware and user space, on a DMA API that is per device and fallible.
+//!
+//! Knows how a driver brings a device up (§3.1.1) and what it then asks of it. Knows no registers ([`Transport`] is how a
+//! device is reached) and no IOMMU: [`policy`] decides whether addresses are translated, and a
+//! [`Mapper`](ringfence_dma::Mapper) makes them.
+//!
+//! The device is a stranger. What it answers is checked and named when wrong, and never indexes anything; what it was
+//! lent stays lent until it is done with it or has been reset.
+//!
+//! To add a driver, write one file as [`blk`] is; to add a transport, implement [`Transport`].
+
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+mod queue;
+mod start;
+mod transport;
+
+pub mod blk;
+pub mod embedded;
+pub mod mapper;
+
+pub use ringfence_policy as policy;
+pub use start::{Host, Running, StartError, Started, Wants, start};
+pub use transport::Transport;
+pub use virtio_spec::DeviceStatus;

@@ -1,0 +1,85 @@
+use alloc::vec::Vec;
+use ringfence_dma::{BusAddr, Coherent, DmaError, HostSlice, Mapper};
+use ringfence_ring::{DriverQueue, Indirect, Layout, LayoutError, RingArea, RingSlices, Rules};
+
+/// A queue of a device, in coherent memory.
+#[derive(Debug)]
+pub(crate) struct Queue<'a, M: Mapper + ?Sized> {
+    pub(crate) ring: DriverQueue<RingSlices<'a>>,
+    pub(crate) layout: Layout,
+    pub(crate) indirect: Indirect,
+    /// Where the ring is: to be kept until the device is reset.
+    _memory: Coherent<'a, M>,
+}
+
+/// Why there is no queue.
+#[derive(Debug)]
+pub(crate) enum QueueError {
+    Layout(LayoutError),
+    Dma(DmaError),
+}
+
+/// Areas start on cache lines of their own: the two sides do not write to the same ones.
+const LINE: usize = 64;
+
+impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
+    /// A queue of `size` descriptors, of which the device has not been told yet. It is polled: the device need not say
+    /// what it uses.
+    pub(crate) fn new(mapper: &'a M, rules: Rules, size: u16) -> Result<Self, QueueError> {
+        let len = |area: RingArea| area.len(rules.format, size) as usize;
+        let driver = len(RingArea::Descriptors).next_multiple_of(LINE);
+        let device = driver + len(RingArea::Driver).next_multiple_of(LINE);
+        let memory = Coherent::allocate(mapper, device + len(RingArea::Device)).map_err(QueueError::Dma)?;
+        let at = |offset: usize| BusAddr(memory.addr().0 + offset as u64);
+        let layout = Layout { size, descriptors: at(0), driver: at(driver), device: at(device) };
+        layout.check(rules.format).map_err(QueueError::Layout)?;
+        let slice = |offset, area| memory.memory().sub(offset, len(area));
+        let slices = RingSlices {
+            descriptors: slice(0, RingArea::Descriptors),
+            driver: slice(driver, RingArea::Driver),
+            device: slice(device, RingArea::Device),
+        };
+        let mut ring = DriverQueue::new(rules, size, slices).map_err(QueueError::Layout)?;
+        ring.disable_callbacks();
+        Ok(Self { ring, layout, indirect: rules.indirect, _memory: memory })
+    }
+}
+
+/// Coherent memory for each request that may be under way: equal pieces, numbered.
+#[derive(Debug)]
+pub(crate) struct Pieces<'a, M: Mapper + ?Sized> {
+    /// Chunk by chunk, so that a pool in crumbs will do.
+    chunks: Vec<Coherent<'a, M>>,
+    len: usize,
+    per_chunk: usize,
+}
+
+/// One of them.
+#[derive(Clone, Copy)]
+pub(crate) struct Piece<'a> {
+    pub(crate) memory: HostSlice<'a>,
+    pub(crate) addr: BusAddr,
+}
+
+impl<'a, M: Mapper + ?Sized> Pieces<'a, M> {
+    const CHUNK: usize = 4096;
+
+    /// `count` pieces of `len` bytes each, on cache lines of their own.
+    pub(crate) fn allocate(mapper: &'a M, count: u16, len: usize) -> Result<Self, DmaError> {
+        let len = len.next_multiple_of(LINE);
+        let per_chunk = (Self::CHUNK / len).max(1);
+        let chunks = (0..usize::from(count).div_ceil(per_chunk)).map(|_| Coherent::allocate(mapper, per_chunk * len));
+        Ok(Self { chunks: chunks.collect::<Result<_, _>>()?, len, per_chunk })
+    }
+
+    pub(crate) fn get(&self, number: u16) -> Piece<'a> {
+        let chunk = &self.chunks[usize::from(number) / self.per_chunk];
+        let offset = usize::from(number) % self.per_chunk * self.len;
+        Piece { memory: chunk.memory().sub(offset, self.len), addr: BusAddr(chunk.addr().0 + offset as u64) }
+    }
+
+    /// Gives the memory up for lost.
+    pub(crate) fn leak(&mut self) {
+        core::mem::forget(core::mem::take(&mut self.chunks));
+    }
+}

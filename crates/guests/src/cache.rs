@@ -1,0 +1,196 @@
+//! The cache of what guests are made of: each entry appears whole or not at all.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::error::Error;
+use crate::kernel::{self, Kernel};
+use crate::packages::{self, Arch, Installed, Lists, Suite};
+use crate::platform::KernelSeries;
+
+/// Parts of a Debian kernel package that no guest here needs: 250 MB of 390.
+const UNWANTED: &[&str] = &[
+    "./lib/modules/*/kernel/drivers/gpu",
+    "./lib/modules/*/kernel/drivers/infiniband",
+    "./lib/modules/*/kernel/drivers/media",
+    "./lib/modules/*/kernel/drivers/net/ethernet",
+    "./lib/modules/*/kernel/drivers/net/wireless",
+    "./lib/modules/*/kernel/drivers/staging",
+    "./lib/modules/*/kernel/sound",
+    "./usr/share",
+];
+
+/// Prefix of folders that are being filled; what an interrupted run left is
+/// removed by the next.
+const PARTIAL: &str = ".partial-";
+
+/// A folder of kernels, busyboxes and QEMUs.
+///
+/// An entry that is present is used without any network. Two processes may
+/// share the folder: one fetches while the other waits.
+pub struct Cache<'a> {
+    folder: PathBuf,
+    say: &'a dyn Fn(&str),
+}
+
+impl<'a> Cache<'a> {
+    /// Opens the folder, made if absent; `say` gets one line a slow step.
+    pub fn open(folder: &Path, say: &'a dyn Fn(&str)) -> Result<Self, Error> {
+        fs::create_dir_all(folder).map_err(Error::file("cannot create", folder))?;
+        Ok(Self { folder: folder.to_owned(), say })
+    }
+
+    /// The current Debian kernel of `series` for `arch`.
+    pub fn kernel(&self, series: KernelSeries, arch: Arch) -> Result<Kernel, Error> {
+        let name = format!("linux-{}-{}", series.name(), arch.debian());
+        let folder = self.entry(&name, |cache, partial| {
+            let lists = cache.lists(&partial.join("apt"), &[series.suite()], arch, Installed::Nothing)?;
+            let package = lists.kernel_package(arch.kernel_metapackage())?;
+            cache.say(&format!("fetching {package} from {}", series.suite().name()));
+            let root = partial.join("root");
+            packages::unpack(&lists.download(&package)?, &root, UNWANTED)?;
+            kernel::inflate(&root)
+        })?;
+        Kernel::unpacked(&folder.join("root"))
+    }
+
+    /// The statically linked busybox for `arch`.
+    pub fn busybox(&self, arch: Arch) -> Result<PathBuf, Error> {
+        let folder = self.entry(&format!("busybox-{}", arch.debian()), |cache, partial| {
+            let lists = cache.lists(&partial.join("apt"), &[Suite::Bookworm], arch, Installed::Nothing)?;
+            cache.say(&format!("fetching busybox-static for {}", arch.debian()));
+            packages::unpack(&lists.download("busybox-static")?, &partial.join("root"), &["./usr/share"])
+        })?;
+        let found = ["root/bin/busybox", "root/usr/bin/busybox"].map(|path| folder.join(path));
+        found.iter().find(|path| path.exists()).cloned().ok_or_else(|| Error::Content {
+            subject: folder.display().to_string(),
+            problem: "holds no busybox; delete the folder and try again".to_owned(),
+        })
+    }
+
+    /// A QEMU of `suite` for all guests, with the libraries the machine lacks.
+    pub(crate) fn qemu(&self, suite: Suite) -> Result<PathBuf, Error> {
+        let folder = self.entry(&format!("qemu-{}", suite.name()), |cache, partial| {
+            let suites = match suite {
+                Suite::Bookworm => &[Suite::Bookworm][..],
+                Suite::BookwormBackports => &[Suite::Bookworm, Suite::BookwormBackports][..],
+            };
+            let wanted = [Arch::Amd64, Arch::Arm64, Arch::Ppc64el].map(Arch::qemu_package);
+            let mut lists = cache.lists(&partial.join("apt"), suites, Arch::Amd64, Installed::Machine)?;
+            cache.say(&format!("fetching QEMU from {}", suite.name()));
+            let packages = match lists.download_closure(suite, &wanted) {
+                Ok(packages) => packages,
+                // What the machine has can contradict this suite. Nothing is
+                // installed, so the contradiction is only apt's: ask again as
+                // if the machine were empty.
+                Err(_) => {
+                    lists = cache.lists(&partial.join("apt"), suites, Arch::Amd64, Installed::Nothing)?;
+                    lists.download_closure(suite, &wanted)?
+                }
+            };
+            packages.iter().try_for_each(|deb| {
+                packages::unpack(deb, &partial.join("root"), &["./usr/share/doc", "./usr/share/man"])
+            })
+        })?;
+        Ok(folder.join("root"))
+    }
+
+    /// A folder below the cache for lists or scratch that outlive no run.
+    pub(crate) fn scratch(&self) -> Result<tempfile::TempDir, Error> {
+        tempfile::Builder::new()
+            .prefix(PARTIAL)
+            .tempdir_in(&self.folder)
+            .map_err(Error::file("cannot create a folder in", &self.folder))
+    }
+
+    pub(crate) fn say(&self, line: &str) {
+        (self.say)(line);
+    }
+
+    fn lists(&self, folder: &Path, suites: &[Suite], arch: Arch, installed: Installed) -> Result<Lists, Error> {
+        Lists::update(folder, suites, arch, installed)
+    }
+
+    /// The folder of entry `name`, filled by `fill` if it is not there.
+    fn entry(&self, name: &str, fill: impl FnOnce(&Self, &Path) -> Result<(), Error>) -> Result<PathBuf, Error> {
+        let folder = self.folder.join(name);
+        if folder.exists() {
+            return Ok(folder);
+        }
+        let _lock = self.lock()?;
+        if folder.exists() {
+            return Ok(folder);
+        }
+        self.sweep();
+        let partial = self.scratch()?;
+        fill(self, partial.path())?;
+        let apt = partial.path().join("apt");
+        fs::remove_dir_all(&apt).map_err(Error::file("cannot remove", &apt))?;
+        fs::rename(partial.keep(), &folder).map_err(Error::file("cannot create", &folder))?;
+        Ok(folder)
+    }
+
+    fn lock(&self) -> Result<Flock<File>, Error> {
+        let path = self.folder.join("lock");
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o666)
+            .open(&path)
+            .map_err(Error::file("cannot open", &path))?;
+        Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| Error::file("cannot lock", &path)(errno.into()))
+    }
+
+    /// Removes what interrupted runs left; called with the lock held.
+    fn sweep(&self) {
+        let Ok(entries) = fs::read_dir(&self.folder) else { return };
+        for entry in entries.flatten() {
+            if entry.file_name().to_string_lossy().starts_with(PARTIAL) {
+                // A leftover costs space alone, so a failure here is no error.
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_appears_whole_or_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::open(folder.path(), &|_| ()).unwrap();
+        let fill = |_: &Cache, partial: &Path| {
+            fs::create_dir(partial.join("apt")).unwrap();
+            fs::write(partial.join("file"), "half").unwrap();
+            Err(Error::Content { subject: "x".into(), problem: "y".into() })
+        };
+        assert!(cache.entry("one", fill).is_err());
+        assert!(!folder.path().join("one").exists());
+
+        let fill = |_: &Cache, partial: &Path| {
+            fs::create_dir(partial.join("apt")).unwrap();
+            fs::write(partial.join("file"), "whole").unwrap();
+            Ok(())
+        };
+        let entry = cache.entry("one", fill).unwrap();
+        assert_eq!(fs::read_to_string(entry.join("file")).unwrap(), "whole");
+        assert!(!entry.join("apt").exists(), "package files do not stay");
+        assert_eq!(cache.entry("one", |_, _| panic!("is cached")).unwrap(), entry);
+    }
+
+    #[test]
+    fn an_interrupted_run_leaves_nothing_for_long() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join(".partial-old")).unwrap();
+        let cache = Cache::open(folder.path(), &|_| ()).unwrap();
+        let fill = |_: &Cache, partial: &Path| fs::create_dir(partial.join("apt")).map_err(Error::file("", partial));
+        cache.entry("one", fill).unwrap();
+        assert!(!folder.path().join(".partial-old").exists());
+    }
+}

@@ -1,0 +1,134 @@
+//! The guest's whole user space: busybox, one script, the modules it loads.
+//!
+//! The archive is cpio in the 'newc' form, uncompressed: the kernel unpacks it
+//! faster than it would inflate it.
+
+use std::fs;
+use std::path::Path;
+
+use crate::error::Error;
+use crate::kernel::Kernel;
+use crate::modules;
+
+const INIT: &[u8] = include_bytes!("init.sh");
+
+/// The driver of the disk, loaded last.
+const DISK_DRIVER: &str = "virtio_blk";
+
+/// An initramfs for one kernel, ready to be written to a file.
+#[derive(Debug)]
+pub struct Initramfs(Vec<u8>);
+
+impl Initramfs {
+    /// Packs `busybox`, the init script, and `modules` of `kernel` with all they need.
+    pub fn build(kernel: &Kernel, busybox: &Path, modules: &[&str]) -> Result<Self, Error> {
+        let busybox = fs::read(busybox).map_err(Error::file("cannot read", busybox))?;
+        let wanted: Vec<_> = modules.iter().copied().chain([DISK_DRIVER]).collect();
+        let modules = modules::in_load_order(kernel, &wanted)?;
+
+        let mut archive = Archive::default();
+        for folder in ["bin", "dev", "modules", "proc", "run", "sys"] {
+            archive.folder(folder);
+        }
+        archive.file("init", 0o755, INIT);
+        archive.file("bin/busybox", 0o755, &busybox);
+        for (position, module) in modules.iter().enumerate() {
+            archive.file(&format!("modules/{position:02}-{}.ko", module.name), 0o644, &module.object);
+        }
+        Ok(Self(archive.finish()))
+    }
+
+    /// The archive's bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// A 'newc' cpio archive: a header of thirteen hexadecimal fields, the name and
+/// the content of each file, the last two padded to four bytes.
+#[derive(Default)]
+struct Archive {
+    bytes: Vec<u8>,
+    files: u32,
+}
+
+impl Archive {
+    fn folder(&mut self, name: &str) {
+        self.entry(name, 0o040_755, &[]);
+    }
+
+    fn file(&mut self, name: &str, permissions: u32, content: &[u8]) {
+        self.entry(name, 0o100_000 | permissions, content);
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        self.entry("TRAILER!!!", 0, &[]);
+        self.bytes
+    }
+
+    fn entry(&mut self, name: &str, mode: u32, content: &[u8]) {
+        self.files += 1;
+        let (inode, links) = (self.files, 1);
+        let size = u32::try_from(content.len()).expect("cpio holds files below 4 GiB");
+        let name_size = u32::try_from(name.len() + 1).expect("a short name");
+        let (owner, group, time, device, checksum) = (0, 0, 0, 0, 0);
+        self.bytes.extend_from_slice(b"070701");
+        for field in [inode, mode, owner, group, links, time, size, device, device, device, device, name_size, checksum]
+        {
+            self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
+        }
+        self.bytes.extend_from_slice(name.as_bytes());
+        self.bytes.push(0);
+        self.pad();
+        self.bytes.extend_from_slice(content);
+        self.pad();
+    }
+
+    fn pad(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Archive;
+
+    /// Reads an archive back by the format's description alone.
+    fn read(mut bytes: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
+        let mut entries = Vec::new();
+        loop {
+            assert_eq!(&bytes[..6], b"070701");
+            let field = |index: usize| {
+                let at = 6 + 8 * index;
+                u32::from_str_radix(std::str::from_utf8(&bytes[at..at + 8]).unwrap(), 16).unwrap()
+            };
+            let (mode, size, name_size) = (field(1), field(6) as usize, field(11) as usize);
+            assert_eq!(bytes[110 + name_size - 1], 0, "a name ends in a zero");
+            let name = String::from_utf8(bytes[110..110 + name_size - 1].to_vec()).unwrap();
+            let start = (110 + name_size).next_multiple_of(4);
+            let content = bytes[start..start + size].to_vec();
+            bytes = &bytes[(start + size).next_multiple_of(4)..];
+            if name == "TRAILER!!!" {
+                assert!(bytes.is_empty(), "nothing follows the trailer");
+                return entries;
+            }
+            entries.push((name, mode, content));
+        }
+    }
+
+    #[test]
+    fn an_archive_reads_back() {
+        let mut archive = Archive::default();
+        archive.folder("bin");
+        // Lengths of every remainder by four, of names and of contents.
+        for length in 0..9 {
+            archive.file(&"n".repeat(length + 1), 0o644, &vec![b'c'; length]);
+        }
+        let entries = read(&archive.finish());
+        assert_eq!(entries[0], ("bin".to_owned(), 0o040_755, Vec::new()));
+        for (length, entry) in entries[1..].iter().enumerate() {
+            assert_eq!(*entry, ("n".repeat(length + 1), 0o100_644, vec![b'c'; length]));
+        }
+        assert_eq!(entries.len(), 10);
+    }
+}

@@ -1,0 +1,54 @@
+//! Real kernels in real QEMU: fetch, boot, read the console.
+//!
+//! Knows Debian's packages, QEMU's options and what a guest prints. It knows
+//! nothing of Ringfence's own server: a disk is QEMU's own device or any
+//! vhost-user socket, and what a feature bit means is the caller's business.
+//!
+//! ```no_run
+//! use ringfence_guests::{Boot, Cache, Disk, Image, Platform, Qemu, QemuSource, VirtioFlag};
+//! # fn main() -> Result<(), ringfence_guests::Error> {
+//! let cache = Cache::open("target/guests".as_ref(), &|line| println!("{line}"))?;
+//! let platform = Platform::named("arm64-smmuv3-lazy").expect("in the table");
+//! let image = Image::create("target/disk.img".as_ref(), 1)?;
+//! let boot = Boot {
+//!     qemu: &Qemu::find(&cache, QemuSource::Auto, &[platform.arch])?,
+//!     platform,
+//!     kernel: &cache.kernel(platform.kernel, platform.arch)?,
+//!     busybox: &cache.busybox(platform.arch)?,
+//!     disk: Disk::QemuOwn(image.path()),
+//!     platform_access: VirtioFlag::On,
+//!     timeout: std::time::Duration::from_secs(120),
+//! };
+//! let outcome = boot.run()?;
+//! println!("{:?} after {:?}", outcome.guest()?.group, outcome.elapsed);
+//! # Ok(())
+//! # }
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod backend;
+mod boot;
+mod cache;
+mod console;
+mod error;
+mod image;
+mod initramfs;
+mod kernel;
+mod modules;
+mod packages;
+mod platform;
+mod qemu;
+mod tool;
+
+pub use backend::Backend;
+pub use boot::{Boot, Disk, End, Outcome, VirtioFlag};
+pub use cache::Cache;
+pub use console::{DiskState, Features, Guest};
+pub use error::Error;
+pub use image::{Image, digest};
+pub use initramfs::Initramfs;
+pub use kernel::Kernel;
+pub use packages::{Arch, Suite};
+pub use platform::{Iommu, KernelSeries, PLATFORMS, Platform};
+pub use qemu::{Qemu, QemuSource};

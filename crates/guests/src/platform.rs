@@ -1,0 +1,138 @@
+//! The platforms as a table of facts: what to start, and what to tell Linux.
+
+use crate::packages::{Arch, Suite};
+
+/// A kernel series that Debian 12 offers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum KernelSeries {
+    /// Debian 12's own.
+    V6_1,
+    /// The one of bookworm-backports; the first here with virtio-iommu on x86.
+    V6_12,
+}
+
+impl KernelSeries {
+    /// The series' number.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::V6_1 => "6.1",
+            Self::V6_12 => "6.12",
+        }
+    }
+
+    pub(crate) const fn suite(self) -> Suite {
+        match self {
+            Self::V6_1 => Suite::Bookworm,
+            Self::V6_12 => Suite::BookwormBackports,
+        }
+    }
+}
+
+/// A machine and how its kernel is told to use the IOMMU.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Platform {
+    /// The name, as in a report.
+    pub name: &'static str,
+    /// The guest's architecture.
+    pub arch: Arch,
+    /// The kernel.
+    pub kernel: KernelSeries,
+    /// QEMU's `-machine`.
+    pub(crate) machine: &'static str,
+    /// QEMU's `-cpu`, if the machine's own will not do.
+    pub(crate) cpu: Option<&'static str>,
+    /// Devices that come before the disk.
+    pub(crate) devices: &'static [&'static str],
+    /// The kernel's console.
+    pub(crate) console: &'static str,
+    /// What is added to the kernel's command line.
+    pub(crate) arguments: &'static str,
+    /// The modules that the disk needs, before its own driver.
+    pub(crate) modules: &'static [&'static str],
+    /// Whether the disk sits behind an IOMMU of the guest.
+    pub iommu: Iommu,
+}
+
+/// Whether a platform has an IOMMU that the guest programs for its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Iommu {
+    /// None: a bus address is a guest-physical one.
+    Absent,
+    /// One that Linux drives.
+    Present,
+}
+
+const X86: Platform = Platform {
+    name: "x86-none",
+    arch: Arch::Amd64,
+    kernel: KernelSeries::V6_1,
+    machine: "q35",
+    cpu: None,
+    devices: &[],
+    console: "ttyS0",
+    arguments: "",
+    modules: &["virtio_pci"],
+    iommu: Iommu::Absent,
+};
+
+const ARM64: Platform = Platform {
+    name: "arm64-none",
+    arch: Arch::Arm64,
+    machine: "virt",
+    cpu: Some("cortex-a57"),
+    console: "ttyAMA0",
+    ..X86
+};
+
+const SMMUV3: Platform = Platform { machine: "virt,iommu=smmuv3", iommu: Iommu::Present, ..ARM64 };
+
+const INTEL: Platform = Platform { devices: &["intel-iommu"], iommu: Iommu::Present, ..X86 };
+
+/// Every platform, in the order of a report.
+pub const PLATFORMS: &[Platform] = &[
+    X86,
+    Platform { name: "x86-intel-strict", arguments: "intel_iommu=on iommu.strict=1", ..INTEL },
+    Platform { name: "x86-intel-lazy", arguments: "intel_iommu=on iommu.strict=0", ..INTEL },
+    Platform {
+        name: "x86-virtio-iommu",
+        kernel: KernelSeries::V6_12,
+        devices: &["virtio-iommu-pci"],
+        modules: &["virtio_pci", "virtio_iommu"],
+        iommu: Iommu::Present,
+        ..X86
+    },
+    ARM64,
+    Platform { name: "arm64-smmuv3-strict", arguments: "iommu.strict=1", ..SMMUV3 },
+    Platform { name: "arm64-smmuv3-lazy", arguments: "iommu.strict=0", ..SMMUV3 },
+    Platform {
+        name: "ppc64le-pseries",
+        arch: Arch::Ppc64el,
+        machine: "pseries",
+        console: "hvc0",
+        // The hypervisor's TCE tables are there without any option.
+        iommu: Iommu::Present,
+        ..X86
+    },
+];
+
+impl Platform {
+    /// The platform of that name.
+    pub fn named(name: &str) -> Option<&'static Self> {
+        PLATFORMS.iter().find(|platform| platform.name == name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_found() {
+        let names: BTreeSet<_> = PLATFORMS.iter().map(|platform| platform.name).collect();
+        assert_eq!(names.len(), PLATFORMS.len());
+        assert!(names.iter().all(|name| Platform::named(name).is_some()));
+        assert_eq!(Platform::named("vax"), None);
+    }
+}

@@ -1,0 +1,45 @@
+//! A concurrent translation cache: bus address to host memory, with leases and an exact fence.
+//!
+//! Knows ranges of bus addresses, where they lie in this process, who looks at them and who still uses them; and the
+//! questions that are under way to whoever knows the translations. Knows no messages, sockets, rings or devices.
+//!
+//! One [`Iotlb`] serves one device. Its *session* thread fills and empties it with [`Iotlb::update`] and
+//! [`Iotlb::invalidate`], and hands it the answers to its questions with [`Iotlb::answered`]. Each queue thread has a
+//! [`View`], a [`ringfence_dma::Memory`]. Physical addressing is the same cache, filled with the regions of guest
+//! memory and made with [`Unmapped::Fault`].
+//!
+//! # The promise
+//! Once [`Fence::wait`] has returned, nothing of the removed range is touched any more on the strength of what was
+//! removed: not by a visit, and not by I/O that is under way and holds a [`Lease`]. It rests on three things:
+//!
+//! 1. A visit announces itself before it looks anything up, and the fence waits for the visits that were announced
+//!    before the removal could be seen.
+//! 2. A lease is published before its visit ends, so a fence that found no visit finds the lease.
+//! 3. A view's private table of what it found lately is good for one *generation*, and every removal starts another.
+//!
+//! `tests/loom.rs` runs this in every order of events that the memory model allows.
+//!
+//! # What a hostile peer may do
+//! A front-end may update and invalidate what it likes: the table stays within [`Options::capacity`], and one more
+//! mapping evicts others, which are asked for again. A guest may use any address: questions under way and refusals on
+//! record are bounded ([`UNANSWERED`], [`REFUSALS`]); beyond the first, further misses wait until earlier ones are
+//! answered. Neither can choose addresses that make lookups slow: the hash is keyed.
+//!
+//! # Memory
+//! A mapping of one 4 KiB page takes 9 bytes where its neighbours are mapped too, and less than 90 where they are not.
+//! In between, two mappings for 64 neighbouring pages being the worst, the table counts bytes rather than mappings and
+//! holds as many as fit 128 bytes for each of [`Options::capacity`].
+
+mod fence;
+mod iotlb;
+mod lease;
+mod questions;
+mod sync;
+mod table;
+mod view;
+
+pub use fence::{Fence, Stuck};
+pub use iotlb::{Ask, Iotlb, Options, Question, Refused, Replies, Statistics, Unasked, Unmapped, Wake};
+pub use lease::{LEASES, Lease};
+pub use questions::{REFUSALS, UNANSWERED};
+pub use view::{View, Visit};

@@ -1,0 +1,654 @@
+//! The shared table: every cached mapping, written under a lock and read without one.
+//!
+//! A 64-ary trie whose nodes are not linked but hashed. A mapping is cut at powers of 64 into granules: 1 byte, 64
+//! bytes, 4 KiB, 256 KiB, 16 MiB and so on are the *levels*; 64 granules that lie in one granule of the level above are
+//! a *cluster*. One open-addressing table maps (level, cluster) to what is cached there, so that a lookup costs one
+//! probe for each level in use, which is one where all mappings are 4 KiB pages or all are 16 MiB, however many.
+//!
+//! What a cluster holds is one word: a single granule's translation, a mapping of several granules (a [`Span`]), or a
+//! [`Leaf`] of 64 such words once two mappings meet in one cluster. Dense pages so take a little over 8 bytes each and
+//! scattered ones under 100, and a word changes in one store: a reader sees the old mapping or the new one, never half.
+//!
+//! What is unlinked is not freed but retired: see `Grace` in `iotlb.rs`.
+
+use crate::sync::{AtomicPtr, AtomicU32, AtomicU64};
+use ringfence_dma::Permission;
+use std::collections::BTreeSet;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
+/// 1 byte to 2^60 bytes.
+const LEVELS: usize = 11;
+/// The key of a slot that never had one: no cluster has level 15.
+const EMPTY: u64 = u64::MAX;
+/// A model checker pays for each atomic.
+const FEWEST_SLOTS: usize = if cfg!(loom) { 4 } else { 64 };
+
+/// A mapping as a lookup finds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Translation {
+    pub(crate) first: u64,
+    /// Inclusive.
+    pub(crate) last: u64,
+    /// Where `first` lies, with its provenance exposed.
+    pub(crate) host: u64,
+    pub(crate) permission: Permission,
+}
+
+/// What an insertion met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Met {
+    /// Nothing was mapped there.
+    Nothing,
+    /// The very same mapping.
+    Same,
+    /// Something else, which is gone.
+    Different,
+}
+
+/// What readers see.
+pub(crate) struct Table {
+    slots: AtomicPtr<Slots>,
+    /// One bit a level that has clusters.
+    levels: AtomicU32,
+}
+
+/// What the writer knows besides.
+#[derive(Default)]
+pub(crate) struct Writer {
+    /// The keys of all clusters that hold something, in order of level and address: a removal finds what lies in its
+    /// range without looking at what does not.
+    index: BTreeSet<u64>,
+    clusters: [usize; LEVELS],
+    /// Slots that have a key, those whose cluster is empty by now included: a key stays until the table is rebuilt.
+    claimed: usize,
+    mappings: usize,
+    leaves: usize,
+    spans: usize,
+    /// Where eviction goes on.
+    hand: u64,
+    /// Unlinked, and maybe still read.
+    pub(crate) retired: Vec<Retired>,
+}
+
+/// Memory that readers may still look at.
+///
+/// Pointers and not boxes, which would claim to be the only ones. Dropping one frees it.
+pub(crate) enum Retired {
+    Slots(*mut Slots),
+    Leaf(*mut Leaf),
+    Span(*mut Span),
+}
+
+// SAFETY: an owned allocation of what is `Send` and `Sync` itself.
+unsafe impl Send for Retired {}
+
+impl Drop for Retired {
+    fn drop(&mut self) {
+        // SAFETY: each comes from `Box::into_raw` and is retired once, by whoever unlinked it; whoever drops it knows
+        // that the visits which could have seen it are over.
+        unsafe {
+            match *self {
+                Retired::Slots(slots) => drop(Box::from_raw(slots)),
+                Retired::Leaf(leaf) => drop(Box::from_raw(leaf)),
+                Retired::Span(span) => drop(Box::from_raw(span)),
+            }
+        }
+    }
+}
+
+pub(crate) struct Slots {
+    slots: Box<[Slot]>,
+    /// Odd and random, so that no guest can choose addresses that collide.
+    multiplier: u64,
+    shift: u32,
+}
+
+struct Slot {
+    /// Set once, after the first value, and never changed: a reader that found its key needs no second look.
+    key: AtomicU64,
+    value: AtomicU64,
+}
+
+pub(crate) struct Leaf {
+    words: [AtomicU64; 64],
+    /// Which words are not 0; the writer's alone.
+    used: AtomicU64,
+}
+
+/// A mapping of more than one granule.
+pub(crate) struct Span(Translation);
+
+/// A cluster's or a granule's 64 bits. 0 is nothing; else
+///
+/// | bits 63, 62 | bits 61 to 56 | bits 55 to 0 |
+/// | --- | --- | --- |
+/// | writable, readable | which of the cluster's granules | host address |
+/// | 0 | 1 | address of a [`Span`] |
+/// | 0 | 2 | address of a [`Leaf`], in a cluster's word only |
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Word(u64);
+
+enum Meaning<'t> {
+    Nothing,
+    Granule { index: u32, host: u64, permission: Permission },
+    Span(&'t Span),
+    Leaf(&'t Leaf),
+}
+
+const ADDRESS: u64 = (1 << 56) - 1;
+const SPAN: u64 = 1;
+const LEAF: u64 = 2;
+
+impl Word {
+    const NOTHING: Word = Word(0);
+
+    fn granule(index: u32, host: u64, permission: Permission) -> Word {
+        debug_assert!(index < 64 && host <= ADDRESS);
+        let rights = match permission {
+            Permission::ReadOnly => 1,
+            Permission::WriteOnly => 2,
+            Permission::ReadWrite => 3,
+        };
+        Word(rights << 62 | u64::from(index) << 56 | host)
+    }
+
+    fn pointer<T>(kind: u64, to: *mut T) -> Word {
+        let address = to.expose_provenance() as u64;
+        assert!(address <= ADDRESS, "an allocation at {address:#x}, beyond 2^56");
+        Word(kind << 56 | address)
+    }
+
+    fn address(self) -> u64 {
+        self.0 & ADDRESS
+    }
+
+    /// # Safety
+    /// The word was read from the table, by the writer or in the visit that goes on for all of `'t`.
+    #[inline]
+    unsafe fn meaning<'t>(self) -> Meaning<'t> {
+        let index = (self.0 >> 56) as u32 & 63;
+        let permission = match self.0 >> 62 {
+            1 => Permission::ReadOnly,
+            2 => Permission::WriteOnly,
+            3 => Permission::ReadWrite,
+            // SAFETY: made by `Word::pointer` from a box that is freed only after the visits that could see it.
+            _ if self.0 >> 56 == SPAN => return Meaning::Span(unsafe { &*self.span() }),
+            // SAFETY: as above.
+            _ if self.0 >> 56 == LEAF => return Meaning::Leaf(unsafe { &*self.leaf() }),
+            _ => return Meaning::Nothing,
+        };
+        Meaning::Granule { index, host: self.address(), permission }
+    }
+
+    fn span(self) -> *mut Span {
+        std::ptr::with_exposed_provenance_mut(self.address() as usize)
+    }
+
+    fn leaf(self) -> *mut Leaf {
+        std::ptr::with_exposed_provenance_mut(self.address() as usize)
+    }
+}
+
+impl Translation {
+    #[inline]
+    pub(crate) fn contains(&self, addr: u64) -> bool {
+        self.first <= addr && addr <= self.last
+    }
+
+    fn overlaps(&self, first: u64, last: u64) -> bool {
+        self.first <= last && first <= self.last
+    }
+}
+
+#[inline]
+fn index(level: u32, addr: u64) -> u32 {
+    (addr >> (6 * level)) as u32 & 63
+}
+
+#[inline]
+fn cluster(level: u32, addr: u64) -> u64 {
+    addr >> (6 * level) >> 6
+}
+
+#[inline]
+fn key(level: u32, cluster: u64) -> u64 {
+    u64::from(level) << 60 | cluster
+}
+
+/// A run of granules in one cluster.
+#[derive(Clone, Copy)]
+struct Run {
+    level: u32,
+    cluster: u64,
+    index: u32,
+    count: u32,
+}
+
+impl Run {
+    fn key(self) -> u64 {
+        key(self.level, self.cluster)
+    }
+
+    fn mask(self) -> u64 {
+        (u64::MAX >> (64 - self.count)) << self.index
+    }
+}
+
+/// Cuts a range into the largest granules that fit: at most two runs a level, and never two in one cluster.
+fn runs(first: u64, last: u64) -> impl Iterator<Item = Run> {
+    let mut at = Some(first);
+    std::iter::from_fn(move || {
+        let start = at?;
+        // One less than the length, because the whole space has 2^64.
+        let rest = last - start;
+        let aligned = start.trailing_zeros().min(60) / 6;
+        let fits = rest.checked_add(1).map_or(60, |len| len.ilog2()) / 6;
+        let level = aligned.min(fits).min(LEVELS as u32 - 1);
+        let index = index(level, start);
+        let whole = (rest >> (6 * level)) + u64::from(rest & granule_mask(level) == granule_mask(level));
+        let to_the_end = if level == LEVELS as u32 - 1 { 16 - index } else { 64 - index };
+        let count = whole.min(u64::from(to_the_end)) as u32;
+        let used = (u64::from(count) - 1 << (6 * level)) | granule_mask(level);
+        at = (used < rest).then(|| start + used + 1);
+        Some(Run { level, cluster: cluster(level, start), index, count })
+    })
+}
+
+#[inline]
+fn granule_mask(level: u32) -> u64 {
+    (1 << (6 * level)) - 1
+}
+
+fn multiplier(len: usize) -> u64 {
+    // A model checker comes by the same way twice and must find the same.
+    if cfg!(loom) { 0x9e37_79b9_7f4a_7c15 } else { RandomState::new().hash_one(len) | 1 }
+}
+
+impl Slots {
+    fn new(len: usize) -> Box<Slots> {
+        let slots = (0..len).map(|_| Slot { key: AtomicU64::new(EMPTY), value: AtomicU64::new(0) }).collect();
+        Box::new(Slots { slots, multiplier: multiplier(len), shift: 64 - len.ilog2() })
+    }
+
+    /// The slot of `key`, else the empty one where it would go. Ends because at most half of the slots have keys.
+    #[inline]
+    fn find(&self, key: u64) -> Result<&Slot, &Slot> {
+        let mask = self.slots.len() - 1;
+        let mut at = (key.wrapping_mul(self.multiplier) >> self.shift) as usize;
+        loop {
+            let slot = &self.slots[at & mask];
+            // Acquire: the value was stored before the key.
+            match slot.key.load(Acquire) {
+                found if found == key => return Ok(slot),
+                EMPTY => return Err(slot),
+                _ => at += 1,
+            }
+        }
+    }
+}
+
+impl Table {
+    pub(crate) fn new() -> Table {
+        Table { slots: AtomicPtr::new(Box::into_raw(Slots::new(FEWEST_SLOTS))), levels: AtomicU32::new(0) }
+    }
+
+    /// The mapping of `addr`.
+    ///
+    /// # Safety
+    /// Called in a visit of a registered view, or with the writer's lock held.
+    #[inline]
+    pub(crate) unsafe fn lookup(&self, addr: u64) -> Option<Translation> {
+        let mut levels = self.levels.load(Acquire);
+        // SAFETY: the pointer is from `Box::into_raw`, and freed only after the visits that could have loaded it.
+        let slots = unsafe { &*self.slots.load(Acquire) };
+        while levels != 0 {
+            let level = levels.trailing_zeros();
+            levels &= levels - 1;
+            let Ok(slot) = slots.find(key(level, cluster(level, addr))) else { continue };
+            // Acquire here and below: what the word points to was written before it.
+            let word = Word(slot.value.load(Acquire));
+            // SAFETY: from the table, by this function's own contract.
+            if let Some(found) = unsafe { Self::in_cluster(word, level, addr) } {
+                return Some(found);
+            }
+        }
+        None
+    }
+
+    /// # Safety
+    /// As for [`Word::meaning`].
+    #[inline]
+    unsafe fn in_cluster(word: Word, level: u32, addr: u64) -> Option<Translation> {
+        // SAFETY: by this function's own contract.
+        match unsafe { word.meaning() } {
+            Meaning::Nothing => None,
+            Meaning::Leaf(leaf) => {
+                let word = Word(leaf.words[index(level, addr) as usize].load(Acquire));
+                // SAFETY: as above. A leaf holds no leaf: the recursion ends here.
+                unsafe { Self::in_cluster(word, level, addr) }
+            }
+            Meaning::Granule { index: at, host, permission } => (at == index(level, addr)).then(|| {
+                let first = addr & !granule_mask(level);
+                Translation { first, last: first | granule_mask(level), host, permission }
+            }),
+            Meaning::Span(span) => span.0.contains(addr).then_some(span.0),
+        }
+    }
+
+    /// Caches a mapping in the place of everything that overlaps it.
+    pub(crate) fn insert(&self, writer: &mut Writer, mapping: Translation) -> Met {
+        // SAFETY: the writer is at hand.
+        let there = unsafe { self.lookup(mapping.first) };
+        if there == Some(mapping) {
+            return Met::Same;
+        }
+        let met = match self.remove(writer, mapping.first, mapping.last) {
+            0 => Met::Nothing,
+            _ => Met::Different,
+        };
+        writer.mappings += 1;
+        let mut cut = runs(mapping.first, mapping.last);
+        let head = cut.next().expect("a range is not empty");
+        if head.count == 1 && cut.next().is_none() && mapping.host <= ADDRESS {
+            self.put(writer, head, Word::granule(head.index, mapping.host, mapping.permission));
+        } else {
+            writer.spans += 1;
+            let word = Word::pointer(SPAN, Box::into_raw(Box::new(Span(mapping))));
+            for run in runs(mapping.first, mapping.last) {
+                self.put(writer, run, word);
+            }
+        }
+        met
+    }
+
+    /// Removes every mapping that overlaps `first..=last`, and says how many that were.
+    pub(crate) fn remove(&self, writer: &mut Writer, first: u64, last: u64) -> usize {
+        let before = writer.mappings;
+        let mut levels = self.levels.load(Relaxed);
+        while levels != 0 {
+            let level = levels.trailing_zeros();
+            levels &= levels - 1;
+            let (low, high) = (cluster(level, first), cluster(level, last));
+            if high - low < 4 {
+                for cluster in low..=high {
+                    self.remove_in_cluster(writer, level, cluster, first, last);
+                }
+            } else {
+                let found: Vec<u64> = writer.index.range(key(level, low)..=key(level, high)).copied().collect();
+                for found in found {
+                    self.remove_in_cluster(writer, level, found & (1 << 60) - 1, first, last);
+                }
+            }
+        }
+        before - writer.mappings
+    }
+
+    /// Removes mappings, about in the order of their addresses and going round, until `enough`.
+    pub(crate) fn evict(&self, writer: &mut Writer, enough: impl Fn(&Writer) -> bool) -> usize {
+        let before = writer.mappings;
+        while !enough(writer) {
+            let next = writer.index.range(writer.hand..).next().or_else(|| writer.index.first());
+            let Some(&found) = next else { break };
+            writer.hand = found + 1;
+            let (level, cluster) = ((found >> 60) as u32, found & (1 << 60) - 1);
+            self.remove_in_cluster(writer, level, cluster, 0, u64::MAX);
+        }
+        before - writer.mappings
+    }
+
+    fn remove_in_cluster(&self, writer: &mut Writer, level: u32, cluster: u64, first: u64, last: u64) {
+        let key = key(level, cluster);
+        let Ok(slot) = self.slots().find(key) else { return };
+        let word = Word(slot.value.load(Relaxed));
+        // SAFETY: from the table, and the writer is at hand; nothing retired is freed before the writer is let go.
+        match unsafe { word.meaning() } {
+            Meaning::Nothing => {}
+            Meaning::Granule { index, .. } => {
+                let start = (cluster << 6 | u64::from(index)) << (6 * level);
+                if start <= last && first <= start | granule_mask(level) {
+                    writer.mappings -= 1;
+                    Self::vacate(&self.levels, writer, slot, key);
+                }
+            }
+            Meaning::Span(span) => {
+                if span.0.overlaps(first, last) {
+                    self.remove_span(writer, span, word);
+                }
+            }
+            Meaning::Leaf(leaf) => {
+                let start = cluster << 6 << (6 * level);
+                let from = if first > start { index(level, first) } else { 0 };
+                let to = if last >> (6 * level) >> 6 > cluster { 63 } else { index(level, last) };
+                let wanted = Run { level, cluster, index: from, count: to - from + 1 }.mask();
+                loop {
+                    let left = leaf.used.load(Relaxed) & wanted;
+                    if left == 0 {
+                        break;
+                    }
+                    let at = left.trailing_zeros();
+                    let word = Word(leaf.words[at as usize].load(Relaxed));
+                    // SAFETY: as above.
+                    match unsafe { word.meaning() } {
+                        Meaning::Span(span) => self.remove_span(writer, span, word),
+                        _ => {
+                            writer.mappings -= 1;
+                            self.take(writer, Run { level, cluster, index: at, count: 1 });
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn remove_span(&self, writer: &mut Writer, span: &Span, word: Word) {
+        writer.mappings -= 1;
+        writer.spans -= 1;
+        for run in runs(span.0.first, span.0.last) {
+            self.take(writer, run);
+        }
+        // Every word that named it is gone, so it is retired once.
+        writer.retired.push(Retired::Span(word.span()));
+    }
+
+    /// Empties a run that is known to hold one mapping.
+    fn take(&self, writer: &mut Writer, run: Run) {
+        let slot = self.slots().find(run.key()).unwrap_or_else(|_| unreachable!("a mapping's cluster has a slot"));
+        let word = Word(slot.value.load(Relaxed));
+        // SAFETY: from the table, and the writer is at hand.
+        if let Meaning::Leaf(leaf) = unsafe { word.meaning() } {
+            for at in run.index..run.index + run.count {
+                leaf.words[at as usize].store(Word::NOTHING.0, Release);
+            }
+            let used = leaf.used.load(Relaxed) & !run.mask();
+            leaf.used.store(used, Relaxed);
+            if used != 0 {
+                return;
+            }
+            writer.leaves -= 1;
+            Self::vacate(&self.levels, writer, slot, run.key());
+            // The slot that named it is empty by now, so it is retired once.
+            writer.retired.push(Retired::Leaf(word.leaf()));
+        } else {
+            Self::vacate(&self.levels, writer, slot, run.key());
+        }
+    }
+
+    fn vacate(levels: &AtomicU32, writer: &mut Writer, slot: &Slot, key: u64) {
+        slot.value.store(Word::NOTHING.0, Release);
+        writer.index.remove(&key);
+        let level = (key >> 60) as usize;
+        writer.clusters[level] -= 1;
+        if writer.clusters[level] == 0 {
+            levels.store(levels.load(Relaxed) & !(1 << level), Release);
+        }
+    }
+
+    /// Fills a run that is empty.
+    fn put(&self, writer: &mut Writer, run: Run, word: Word) {
+        let slot = self.claim(writer, run);
+        let there = Word(slot.value.load(Relaxed));
+        // SAFETY: from the table, and the writer is at hand.
+        match unsafe { there.meaning() } {
+            Meaning::Nothing => {
+                writer.index.insert(run.key());
+                writer.clusters[run.level as usize] += 1;
+                // Before the value: who finds the level empty does not look for it.
+                self.levels.store(self.levels.load(Relaxed) | 1 << run.level, Release);
+                slot.value.store(word.0, Release);
+            }
+            Meaning::Leaf(leaf) => leaf.fill(run, word),
+            Meaning::Granule { index, .. } => {
+                self.share(writer, slot, Run { index, count: 1, ..run }, there, run, word);
+            }
+            Meaning::Span(span) => {
+                let old = runs(span.0.first, span.0.last).find(|old| old.key() == run.key());
+                self.share(writer, slot, old.expect("a span is where its runs are"), there, run, word);
+            }
+        }
+    }
+
+    /// Turns a cluster's single word into a leaf, with a second mapping beside the first.
+    fn share(&self, writer: &mut Writer, slot: &Slot, old_run: Run, old: Word, run: Run, word: Word) {
+        let leaf = Box::new(Leaf { words: std::array::from_fn(|_| AtomicU64::new(0)), used: AtomicU64::new(0) });
+        leaf.fill(old_run, old);
+        leaf.fill(run, word);
+        writer.leaves += 1;
+        slot.value.store(Word::pointer(LEAF, Box::into_raw(leaf)).0, Release);
+    }
+
+    /// The slot of a run's cluster, which gets one if it has none.
+    fn claim(&self, writer: &mut Writer, run: Run) -> &Slot {
+        if let Ok(slot) = self.slots().find(run.key()) {
+            return slot;
+        }
+        if (writer.claimed + 1) * 2 > self.slots().slots.len() {
+            self.rebuild(writer);
+        }
+        writer.claimed += 1;
+        let Err(slot) = self.slots().find(run.key()) else { unreachable!("looked for above") };
+        slot.key.store(run.key(), Release);
+        slot
+    }
+
+    /// Copies the clusters that hold something into slots enough for some more: at least half as many as they are.
+    fn rebuild(&self, writer: &mut Writer) {
+        let old = self.slots();
+        let live = writer.index.len();
+        let new = Slots::new((live * 3).next_power_of_two().max(FEWEST_SLOTS));
+        for slot in &old.slots {
+            let value = slot.value.load(Relaxed);
+            if value != Word::NOTHING.0 {
+                let key = slot.key.load(Relaxed);
+                let Err(slot) = new.find(key) else { unreachable!("keys are unique") };
+                slot.value.store(value, Relaxed);
+                slot.key.store(key, Relaxed);
+            }
+        }
+        writer.claimed = live;
+        // Release: the copies above are there for whoever loads the pointer.
+        let old = self.slots.swap(Box::into_raw(new), Release);
+        // Unlinked by the line above, so it is retired once.
+        writer.retired.push(Retired::Slots(old));
+    }
+
+    /// For the writer, which alone replaces them. Not kept across `claim`.
+    fn slots(&self) -> &Slots {
+        // SAFETY: from `Box::into_raw`; what the writer replaces is freed only after it lets the lock go.
+        unsafe { &*self.slots.load(Relaxed) }
+    }
+}
+
+impl Leaf {
+    fn fill(&self, run: Run, word: Word) {
+        for at in run.index..run.index + run.count {
+            self.words[at as usize].store(word.0, Release);
+        }
+        self.used.store(self.used.load(Relaxed) | run.mask(), Relaxed);
+    }
+}
+
+impl Writer {
+    pub(crate) fn mappings(&self) -> usize {
+        self.mappings
+    }
+
+    /// About how much memory the table takes.
+    pub(crate) fn bytes(&self) -> usize {
+        // A quarter of the slots have keys, between a sixth and a half; the index has as much again beside each key.
+        self.index.len() * (4 * size_of::<Slot>() + 2 * size_of::<u64>())
+            + self.leaves * size_of::<Leaf>()
+            + self.spans * size_of::<Span>()
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        // Nobody reads any more. What hangs on the slots goes the way of every removal; the writer's books are not
+        // needed for that, so the spans are collected first: one span may hang on many words.
+        // SAFETY: from `Box::into_raw`, and unlinked for good.
+        let slots = unsafe { Box::from_raw(self.slots.load(Acquire)) };
+        let mut spans = BTreeSet::new();
+        for slot in &slots.slots {
+            let word = Word(slot.value.load(Relaxed));
+            match word.0 >> 56 {
+                SPAN => _ = spans.insert(word.address()),
+                LEAF => {
+                    // SAFETY: made by `Box::into_raw` in `put`, in no other slot.
+                    let leaf = unsafe { Box::from_raw(word.leaf()) };
+                    let words = leaf.words.iter().map(|word| Word(word.load(Relaxed)));
+                    spans.extend(words.filter(|word| word.0 >> 56 == SPAN).map(Word::address));
+                }
+                _ => {}
+            }
+        }
+        for span in spans {
+            // SAFETY: made by `Box::into_raw` in `insert`, and here once for the set.
+            drop(unsafe { Box::from_raw(Word(span).span()) });
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_is_cut_into_the_largest_granules() {
+        let cut = |first, last| -> Vec<_> {
+            runs(first, last).map(|run| (run.level, run.cluster, run.index, run.count)).collect()
+        };
+        assert_eq!(cut(0x1000, 0x1fff), [(2, 0, 1, 1)]);
+        assert_eq!(
+            cut(0x800_0000_0456_0000 & !0xff_ffff, 0x800_0000_04ff_ffff),
+            [(4, 0x800_0000_0400_0000 >> 30, 4, 1)]
+        );
+        assert_eq!(cut(0, u64::MAX), [(10, 0, 0, 16)]);
+        assert_eq!(cut(u64::MAX, u64::MAX), [(0, u64::MAX >> 6, 63, 1)]);
+        assert_eq!(cut(0xfff, 0x1000), [(0, 0x3f, 63, 1), (0, 0x40, 0, 1)]);
+        assert_eq!(cut(0x3f000, 0x40fff), [(2, 0, 63, 1), (2, 1, 0, 1)]);
+    }
+
+    #[test]
+    fn a_cut_covers_its_range_once() {
+        for (first, last) in
+            [(0, u64::MAX), (1, u64::MAX), (0, u64::MAX - 1), (1, u64::MAX - 1), (5, 5), (0x1234, 0x5678_9abc)]
+        {
+            let mut next = Some(first);
+            let mut clusters = BTreeSet::new();
+            for run in runs(first, last) {
+                assert!(clusters.insert(run.key()));
+                let start = (run.cluster << 6 | u64::from(run.index)) << (6 * run.level);
+                assert_eq!(Some(start), next);
+                let end = start + ((u64::from(run.count) - 1 << (6 * run.level)) | granule_mask(run.level));
+                next = end.checked_add(1);
+                assert!(end <= last);
+                if next.is_none() || next > last.checked_add(1) {
+                    assert_eq!(end, last);
+                }
+            }
+            assert_eq!(next, last.checked_add(1));
+            assert!(clusters.len() <= 22, "{} runs", clusters.len());
+        }
+    }
+}

@@ -1,0 +1,298 @@
+use crate::iotlb::{Iotlb, Wake};
+use crate::lease::{Holds, Lease};
+use crate::questions::{Handle, Verdict};
+use crate::sync::{AtomicBool, AtomicU64, fence, lock};
+use crate::table::Translation;
+use ringfence_dma::{Access, BusAddr, Fault, FaultReason, HostSlice, Memory, Permission, Stop, Ticket};
+use std::cell::{Cell, RefCell};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::time::Instant;
+
+/// One queue's view of memory: used by one thread, and handed to it. See [`Iotlb::view`].
+///
+/// Dropping it takes it off the [`Iotlb`]; leases that it gave out stay good, and fences still wait for them.
+pub struct View {
+    iotlb: Arc<Iotlb>,
+    seat: Arc<Seat>,
+    /// Of the visit, and of what is remembered.
+    generation: Cell<u64>,
+    /// The last that was found of more than a page: hits as long as all accesses lie in one large mapping.
+    latest: Cell<Remembered>,
+    /// What was found lately, by page number.
+    remembered: Box<[Cell<Remembered>; REMEMBERED]>,
+    free_holds: RefCell<Vec<usize>>,
+    /// Written down in this visit, to be passed on when it ends.
+    written: RefCell<Vec<Handle>>,
+    retry: Cell<Option<Instant>>,
+}
+
+const REMEMBERED: usize = if cfg!(loom) { 2 } else { 512 };
+
+/// A translation that was found, and in which generation.
+#[derive(Clone, Copy)]
+struct Remembered {
+    first: u64,
+    last: u64,
+    host: u64,
+    /// Generation, times four, and what is allowed: one comparison tells both. Generations start at 1.
+    stamp: u64,
+}
+
+const PAGE: u64 = 4096;
+const READ: u64 = 1;
+const WRITE: u64 = 2;
+
+fn right(access: Access) -> u64 {
+    match access {
+        Access::Read => READ,
+        Access::Write => WRITE,
+    }
+}
+
+/// A view as the writer sees it, on cache lines of its own.
+#[derive(Debug)]
+#[repr(align(128))]
+pub(crate) struct Seat {
+    /// Odd during a visit. Never the same number twice.
+    pub(crate) epoch: AtomicU64,
+    /// The view was dropped.
+    left: AtomicBool,
+    /// Missed something, and was not told since.
+    waits: AtomicBool,
+    pub(crate) holds: Holds,
+    wake: Waker,
+}
+
+struct Waker(Arc<dyn Wake>);
+
+impl std::fmt::Debug for Waker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Waker")
+    }
+}
+
+impl Seat {
+    pub(crate) fn new(wake: Arc<dyn Wake>) -> Seat {
+        Seat {
+            epoch: AtomicU64::new(0),
+            left: AtomicBool::new(false),
+            waits: AtomicBool::new(false),
+            holds: Holds::new(),
+            wake: Waker(wake),
+        }
+    }
+
+    /// The visit that is under way.
+    pub(crate) fn visit_under_way(&self) -> Option<u64> {
+        // Acquire: of a visit that is over, the leases are seen.
+        let epoch = self.epoch.load(Acquire);
+        (!epoch.is_multiple_of(2)).then_some(epoch)
+    }
+
+    /// Whether that visit still goes on.
+    pub(crate) fn is_in_visit(&self, epoch: u64) -> bool {
+        // Acquire: as above, and what the visit did to memory is done.
+        self.epoch.load(Acquire) == epoch
+    }
+
+    /// Whether nothing can come from it any more.
+    pub(crate) fn is_deserted(&self) -> bool {
+        // Acquire: leases are published before the view is dropped.
+        self.left.load(Acquire) && self.holds.is_empty()
+    }
+
+    /// Wakes the view's thread if it waits for an answer.
+    pub(crate) fn tell(&self) {
+        // Set under the questions' lock, which whoever calls this held after the change: no miss goes unnoticed.
+        if self.waits.load(Relaxed) && self.waits.swap(false, Relaxed) {
+            self.wake.0.wake();
+        }
+    }
+}
+
+impl View {
+    pub(crate) fn new(iotlb: Arc<Iotlb>, seat: Arc<Seat>) -> View {
+        let nothing = Remembered { first: 0, last: 0, host: 0, stamp: 0 };
+        View {
+            iotlb,
+            seat,
+            generation: Cell::new(0),
+            latest: Cell::new(nothing),
+            remembered: Box::new(
+                [const { Cell::new(Remembered { first: 0, last: 0, host: 0, stamp: 0 }) }; REMEMBERED],
+            ),
+            free_holds: RefCell::default(),
+            written: RefCell::default(),
+            retry: Cell::new(None),
+        }
+    }
+
+    /// When what missed since the last call must be tried again even if nobody calls [`Wake::wake`]: a translation
+    /// was promised and may never come. `None`: not before then.
+    pub fn take_deadline(&mut self) -> Option<Instant> {
+        self.retry.take()
+    }
+
+    /// The cache that it is a view of.
+    pub fn iotlb(&self) -> &Arc<Iotlb> {
+        &self.iotlb
+    }
+
+    #[inline]
+    fn enter(&self) {
+        let epoch = &self.seat.epoch;
+        // Odd, and another number than before, even if the last visit was forgotten rather than dropped.
+        // Release, as in `leave`: a fence that waits for the last visit may see this number and never the one between.
+        epoch.store((epoch.load(Relaxed) + 1) | 1, Release);
+        // Orders the store above before the loads of the generation, below, and of the table, in `find`; in pair with
+        // the fence in `Iotlb::removed`.
+        fence(SeqCst);
+        self.generation.set(self.iotlb.generation());
+    }
+
+    #[inline]
+    fn leave(&self) {
+        let epoch = &self.seat.epoch;
+        // Release: what the visit touched and leased comes before a fence that sees it over.
+        epoch.store(epoch.load(Relaxed) + 1, Release);
+    }
+
+    /// What is mapped at `addr`, if it allows `access`. Called in a visit.
+    #[inline]
+    fn find(&self, addr: u64, access: Access) -> Option<Remembered> {
+        let stamp = self.generation.get() << 2 | right(access);
+        let fits = |it: Remembered| it.stamp & (!3 | stamp) == stamp && it.first <= addr && addr <= it.last;
+        let latest = self.latest.get();
+        if fits(latest) {
+            return Some(latest);
+        }
+        let cell = &self.remembered[(addr / PAGE) as usize % REMEMBERED];
+        let remembered = cell.get();
+        if fits(remembered) {
+            return Some(remembered);
+        }
+        // SAFETY: in a visit, which only `Visit` calls this from.
+        let Translation { first, last, host, permission } = unsafe { self.iotlb.table().lookup(addr) }?;
+        let rights = match permission {
+            Permission::ReadOnly => READ,
+            Permission::WriteOnly => WRITE,
+            Permission::ReadWrite => READ | WRITE,
+        };
+        let found = Remembered { first, last, host, stamp: self.generation.get() << 2 | rights };
+        cell.set(found);
+        if last - first >= PAGE {
+            self.latest.set(found);
+        }
+        fits(found).then_some(found)
+    }
+
+    #[cold]
+    fn miss(&self, addr: BusAddr, access: Access, asked: Option<Ticket>) -> Result<Remembered, Stop> {
+        let Some(asking) = self.iotlb.asking() else {
+            // SAFETY: in a visit, as in `find`.
+            let reason = match unsafe { self.iotlb.table().lookup(addr.0) } {
+                Some(_) => FaultReason::Forbidden,
+                None => FaultReason::Unmapped,
+            };
+            return Err(self.fault(addr, access, reason));
+        };
+        // The one lock taken during a visit: by who misses, for as long as a look into two trees takes, and nobody
+        // waits for anything while holding it.
+        let mut questions = lock(&asking.questions);
+        // An update that was not there a moment ago and has been through the questions already would leave this one
+        // unanswered. One that comes through later finds the question.
+        if let Some(found) = self.find(addr.0, access) {
+            return Ok(found);
+        }
+        match questions.miss(addr, access, asked, Instant::now) {
+            Verdict::Wait { miss, question, retry } => {
+                self.seat.waits.store(true, Relaxed);
+                drop(questions);
+                self.written.borrow_mut().extend(question);
+                if let Some(retry) = retry {
+                    self.retry.set(Some(self.retry.get().map_or(retry, |earlier| earlier.min(retry))));
+                }
+                Err(Stop::Miss(miss))
+            }
+            Verdict::Refused(reason) => {
+                drop(questions);
+                Err(self.fault(addr, access, reason))
+            }
+        }
+    }
+
+    fn fault(&self, addr: BusAddr, access: Access, reason: FaultReason) -> Stop {
+        self.iotlb.count_fault();
+        Fault { addr, access, reason }.into()
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // Even a visit that was forgotten is over: nothing borrowed from it can be left.
+        let epoch = &self.seat.epoch;
+        epoch.store((epoch.load(Relaxed) | 1) + 1, Release);
+        // Release: every lease was published before.
+        self.seat.left.store(true, Release);
+        self.iotlb.forget_deserted();
+    }
+}
+
+impl std::fmt::Debug for View {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("View").field("seat", &self.seat).finish_non_exhaustive()
+    }
+}
+
+impl Memory for View {
+    type Lease = Lease;
+    type Visit<'m> = Visit<'m>;
+
+    #[inline]
+    fn visit(&mut self) -> Visit<'_> {
+        self.enter();
+        Visit { view: self }
+    }
+}
+
+/// A visit through a [`View`]. Its end passes on the questions that it raised.
+#[derive(Debug)]
+pub struct Visit<'v> {
+    view: &'v View,
+}
+
+impl ringfence_dma::Visit for Visit<'_> {
+    type Lease = Lease;
+
+    #[inline]
+    fn resolve(&self, addr: BusAddr, len: usize, access: Access, asked: Option<Ticket>) -> Result<HostSlice<'_>, Stop> {
+        let found = match self.view.find(addr.0, access) {
+            Some(found) => found,
+            None => self.view.miss(addr, access, asked)?,
+        };
+        // One less than the length, because the whole space has 2^64.
+        let rest = found.last - addr.0;
+        let len = if (len as u64) <= rest { len } else { rest as usize + 1 };
+        let host = std::ptr::with_exposed_provenance_mut::<u8>(found.host.wrapping_add(addr.0 - found.first) as usize);
+        let start = NonNull::new(host).expect("no mapping lies across the null pointer");
+        // SAFETY: by the contract of `Iotlb::update` the memory is good until a fence has passed that came after its
+        // removal; and the fence waits for this visit, which the slice borrows.
+        Ok(unsafe { HostSlice::new(start, len) })
+    }
+
+    fn lease(&self, ranges: &[(BusAddr, u32)]) -> Lease {
+        Lease::publish(&self.view.seat, &mut self.view.free_holds.borrow_mut(), ranges)
+    }
+}
+
+impl Drop for Visit<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.view.leave();
+        if !self.view.written.borrow().is_empty() {
+            self.view.iotlb.ask(self.view.written.borrow_mut().drain(..));
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! The promise, in every order of events that the memory model allows.
+//!
+//! `RUSTFLAGS="--cfg loom" cargo test -p ringfence-iotlb --test loom --release`
+//!
+//! The memory behind a mapping is a loom cell, so that loom itself finds a touch which is not ordered before what the
+//! session does once its fence has passed: the strongest form of 'nothing is touched any more'.
+#![cfg(loom)]
+
+use loom::cell::UnsafeCell;
+use loom::sync::Arc as LoomArc;
+use loom::thread;
+use ringfence_dma::{Access, BusAddr, Memory, Permission, Stop, Visit};
+use ringfence_iotlb::{Ask, Iotlb, Lease, Options, Question, Replies, Unmapped, View, Wake};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+const PAGE: BusAddr = BusAddr(0x5000);
+const LAST: BusAddr = BusAddr(0x5fff);
+const OTHER: BusAddr = BusAddr(0x9_0000);
+
+/// Pieces of memory, told apart by their address, and what loom knows of each.
+struct World {
+    cells: [UnsafeCell<u32>; 2],
+}
+
+// SAFETY: that accesses do not race is what loom checks.
+unsafe impl Sync for World {}
+
+impl World {
+    fn new() -> LoomArc<World> {
+        LoomArc::new(World { cells: [UnsafeCell::new(0), UnsafeCell::new(0)] })
+    }
+
+    /// Never touched: an address that stands for a cell.
+    fn target(which: usize) -> NonNull<u8> {
+        NonNull::new(std::ptr::without_provenance_mut((which + 1) << 20)).unwrap()
+    }
+
+    fn which(host: *mut u8) -> usize {
+        (host.addr() >> 20) - 1
+    }
+
+    /// A device reads.
+    fn touch(&self, which: usize) {
+        // SAFETY: loom panics on a race.
+        self.cells[which].with(|cell| unsafe { *cell });
+    }
+
+    /// The memory is somebody else's by now.
+    fn give_away(&self, which: usize) {
+        // SAFETY: as above.
+        self.cells[which].with_mut(|cell| unsafe { *cell += 1 });
+    }
+}
+
+struct Nobody;
+
+impl Ask for Nobody {
+    fn ask(&self, _: &[Question]) {}
+}
+
+impl Wake for Nobody {
+    fn wake(&self) {}
+}
+
+fn map(iotlb: &Iotlb, page: BusAddr, which: usize) {
+    // SAFETY: the address is only told from others, see `World::touch`.
+    let fence = unsafe { iotlb.update(page, page.last(4096).unwrap(), World::target(which), Permission::ReadWrite) };
+    fence.unwrap().wait();
+}
+
+fn cache() -> Arc<Iotlb> {
+    Iotlb::new(Unmapped::Ask(Arc::new(Nobody)), Options { capacity: 8, replies: Replies::Each })
+}
+
+fn touch(world: &World, view: &mut View, page: BusAddr) -> bool {
+    let visit = view.visit();
+    let Ok(slice) = visit.resolve(page, 8, Access::Read, None) else { return false };
+    world.touch(World::which(slice.as_ptr()));
+    true
+}
+
+/// How many times a thread may be interrupted where it could have gone on. Most bugs need one or two.
+enum Interruptions {
+    Any,
+    AtMost(usize),
+}
+use Interruptions::{Any, AtMost};
+
+fn check(interruptions: Interruptions, model: impl Fn() + Send + Sync + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = match interruptions {
+        Any => None,
+        AtMost(times) => Some(times),
+    };
+    builder.check(model);
+}
+
+#[test]
+fn a_visit_touches_nothing_after_the_fence() {
+    check(Any, || {
+        let (world, iotlb) = (World::new(), cache());
+        map(&iotlb, PAGE, 0);
+        let mut view = iotlb.view(Arc::new(Nobody));
+        let queue = thread::spawn({
+            let world = LoomArc::clone(&world);
+            move || {
+                // The second visit may find what the first remembered.
+                touch(&world, &mut view, PAGE);
+                touch(&world, &mut view, PAGE);
+            }
+        });
+        iotlb.invalidate(PAGE, LAST).wait();
+        world.give_away(0);
+        queue.join().unwrap();
+    });
+}
+
+#[test]
+fn a_lease_is_waited_for_whoever_drops_it() {
+    check(Any, || {
+        let (world, iotlb) = (World::new(), cache());
+        map(&iotlb, PAGE, 0);
+        let mut view = iotlb.view(Arc::new(Nobody));
+        let queue = thread::spawn({
+            let world = LoomArc::clone(&world);
+            move || {
+                let leased: Option<Lease> = {
+                    let visit = view.visit();
+                    visit.resolve(PAGE, 8, Access::Read, None).is_ok().then(|| visit.lease(&[(PAGE, 8)]))
+                };
+                // The view is gone and its I/O is not.
+                drop(view);
+                if let Some(lease) = leased {
+                    world.touch(0);
+                    drop(lease);
+                }
+            }
+        });
+        iotlb.invalidate(PAGE, LAST).wait();
+        world.give_away(0);
+        queue.join().unwrap();
+    });
+}
+
+#[test]
+fn slots_that_are_used_again_hide_no_lease() {
+    check(AtMost(4), || {
+        let (world, iotlb) = (World::new(), cache());
+        map(&iotlb, PAGE, 0);
+        let mut view = iotlb.view(Arc::new(Nobody));
+        let queue = thread::spawn({
+            let world = LoomArc::clone(&world);
+            move || {
+                for (page, last) in [(OTHER, OTHER), (PAGE, LAST)] {
+                    let leased = {
+                        let visit = view.visit();
+                        let lease = visit.lease(&[(page, 8)]);
+                        (visit.resolve(page, 8, Access::Read, None).is_ok() && last == LAST).then_some(lease)
+                    };
+                    if let Some(lease) = leased {
+                        world.touch(0);
+                        drop(lease);
+                    }
+                }
+            }
+        });
+        iotlb.invalidate(PAGE, LAST).wait();
+        world.give_away(0);
+        queue.join().unwrap();
+    });
+}
+
+#[test]
+fn an_update_over_a_mapping_is_a_removal_too() {
+    check(AtMost(4), || {
+        let (world, iotlb) = (World::new(), cache());
+        map(&iotlb, PAGE, 0);
+        let mut view = iotlb.view(Arc::new(Nobody));
+        let queue = thread::spawn({
+            let world = LoomArc::clone(&world);
+            move || {
+                touch(&world, &mut view, PAGE);
+                touch(&world, &mut view, PAGE);
+            }
+        });
+        map(&iotlb, PAGE, 1);
+        world.give_away(0);
+        // And the new one goes as well.
+        iotlb.invalidate(PAGE, LAST).wait();
+        world.give_away(1);
+        queue.join().unwrap();
+    });
+}
+
+#[test]
+fn a_view_that_registers_meanwhile_sees_the_removal_or_is_seen() {
+    check(Any, || {
+        let (world, iotlb) = (World::new(), cache());
+        map(&iotlb, PAGE, 0);
+        let queue = thread::spawn({
+            let (world, iotlb) = (LoomArc::clone(&world), Arc::clone(&iotlb));
+            move || {
+                let mut view = iotlb.view(Arc::new(Nobody));
+                touch(&world, &mut view, PAGE);
+            }
+        });
+        iotlb.invalidate(PAGE, LAST).wait();
+        world.give_away(0);
+        queue.join().unwrap();
+    });
+}
+
+#[test]
+fn an_evicted_mapping_is_fenced_like_any_other() {
+    check(AtMost(4), || {
+        let (world, iotlb) = (
+            World::new(),
+            Iotlb::new(Unmapped::Ask(Arc::new(Nobody)), Options { capacity: 1, replies: Replies::Each }),
+        );
+        map(&iotlb, PAGE, 0);
+        let mut view = iotlb.view(Arc::new(Nobody));
+        let queue = thread::spawn({
+            let world = LoomArc::clone(&world);
+            move || {
+                touch(&world, &mut view, PAGE);
+                touch(&world, &mut view, PAGE);
+            }
+        });
+        map(&iotlb, OTHER, 1);
+        assert_eq!(iotlb.statistics().evictions, 1);
+        iotlb.invalidate(PAGE, LAST).wait();
+        world.give_away(0);
+        queue.join().unwrap();
+    });
+}
+
+struct Count(AtomicUsize);
+
+impl Wake for Count {
+    fn wake(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl Ask for Count {
+    fn ask(&self, questions: &[Question]) {
+        self.0.fetch_add(questions.len(), Ordering::SeqCst);
+    }
+}
+
+/// A miss and its update at the same time: either the visit finds it, or the view is woken.
+#[test]
+fn no_answer_goes_unnoticed() {
+    check(Any, || {
+        let iotlb = cache();
+        let woken = Arc::new(Count(AtomicUsize::new(0)));
+        let mut view = iotlb.view(Arc::clone(&woken) as Arc<dyn Wake>);
+        let queue = thread::spawn(move || {
+            let visit = view.visit();
+            let missed = matches!(visit.resolve(PAGE, 8, Access::Read, None), Err(Stop::Miss(_)));
+            drop(visit);
+            (view, missed)
+        });
+        map(&iotlb, PAGE, 0);
+        let (mut view, missed) = queue.join().unwrap();
+        assert_eq!(woken.0.load(Ordering::SeqCst), usize::from(missed));
+        assert!(view.visit().resolve(PAGE, 8, Access::Read, None).is_ok());
+    });
+}

@@ -1,0 +1,408 @@
+//! Driver and device, both honest, doing things in any order. Nothing is lost, nothing is made up, nobody sleeps while
+//! there is something for it.
+
+use crate::world::{Kind, TABLE_BUFFERS, TABLES, World, all_rules, any_kind, any_queue};
+use proptest::prelude::*;
+use ringfence_dma::{Access, BusAddr, Ticket};
+use ringfence_ring::{
+    AddError, Chain, Descriptor, DeviceQueue, DriverQueue, Format, Indirect, Notifications, OpenQueue, Position,
+    RingSlices, RingStop, Rules, Token, Used,
+};
+use std::collections::{HashMap, VecDeque};
+
+/// How often a device tries again before the test gives up: more than there can be misses.
+const PATIENCE: usize = 1000;
+
+#[derive(Clone, Debug)]
+enum Step {
+    /// The driver adds a chain with so many readable and writable buffers.
+    Add { readable: usize, writable: usize, folded: bool },
+    /// The driver shows what it added, and rings if it is to.
+    Kick,
+    /// The driver stops listening and takes back up to so many chains.
+    Take(usize),
+    /// The driver listens and sleeps if nothing is there.
+    DriverSleeps,
+    /// The device stops listening and takes up to so many chains in one visit.
+    Pop(usize),
+    /// The device gives chains back, in this order, and tells of it.
+    Push(Vec<prop::sample::Index>),
+    /// The device listens and sleeps if nothing is there.
+    DeviceSleeps,
+    /// Another device process goes on.
+    Resume,
+    /// All translations are taken away.
+    Flush,
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        6 => (0..4usize, 0..4usize, any::<bool>())
+            .prop_map(|(readable, writable, folded)| Step::Add { readable, writable, folded }),
+        1 => (0..30usize, 0..10usize).prop_map(|(readable, writable)| Step::Add { readable, writable, folded: true }),
+        3 => Just(Step::Kick),
+        3 => (1..20usize).prop_map(Step::Take),
+        1 => Just(Step::DriverSleeps),
+        3 => (1..20usize).prop_map(Step::Pop),
+        3 => prop::collection::vec(any::<prop::sample::Index>(), 1..20).prop_map(Step::Push),
+        1 => Just(Step::DeviceSleeps),
+        1 => Just(Step::Resume),
+        1 => Just(Step::Flush),
+    ]
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Listening {
+    /// It asked to be told and found nothing.
+    Asleep,
+    /// It asked not to be told.
+    Deaf,
+    /// It asked to be told, and was, or found something.
+    Awake,
+}
+
+/// The two halves, and what should be where.
+struct Pair<'w> {
+    world: &'w World,
+    driver: DriverQueue<RingSlices<'w>>,
+    device: DeviceQueue,
+    driver_is: Listening,
+    device_is: Listening,
+    /// Whether the device can know what it told the driver of.
+    resumed: bool,
+    /// By token: what was added, and the table that it took.
+    given: HashMap<Token, Option<usize>>,
+    tables: Vec<usize>,
+    added: VecDeque<(Token, Vec<Descriptor>)>,
+    published: VecDeque<(Token, Vec<Descriptor>)>,
+    popped: Vec<(Token, Chain)>,
+    used: VecDeque<Used>,
+    serial: u64,
+    done: usize,
+}
+
+impl<'w> Pair<'w> {
+    fn new(world: &'w World) -> Self {
+        let World { rules, layout, .. } = *world;
+        let driver = DriverQueue::new(rules, layout.size, world.slices()).unwrap();
+        world.driver_to_device();
+        Self {
+            world,
+            driver,
+            device: DeviceQueue::new(rules, layout, Position::start(rules.format)).unwrap(),
+            // Memory full of zeros asks to be told of the first entry.
+            driver_is: Listening::Asleep,
+            device_is: Listening::Asleep,
+            resumed: true,
+            given: HashMap::new(),
+            tables: (0..TABLES).collect(),
+            added: VecDeque::new(),
+            published: VecDeque::new(),
+            popped: Vec::new(),
+            used: VecDeque::new(),
+            serial: 0,
+            done: 0,
+        }
+    }
+
+    fn step(&mut self, step: &Step) {
+        match *step {
+            Step::Add { readable, writable, folded } => self.add(readable, writable, folded),
+            Step::Kick => self.kick(),
+            Step::Take(count) => self.take(count),
+            Step::DriverSleeps => self.driver_sleeps(),
+            Step::Pop(count) => self.pop(count),
+            Step::Push(ref order) => self.push(order),
+            Step::DeviceSleeps => self.device_sleeps(),
+            Step::Resume => self.resume(),
+            Step::Flush => self.world.flush(),
+        }
+    }
+
+    fn add(&mut self, readable: usize, writable: usize, folded: bool) {
+        let buffers: Vec<_> = (0..readable + writable)
+            .map(|number| {
+                self.serial += 1;
+                let access = if number < readable { Access::Read } else { Access::Write };
+                Descriptor { addr: BusAddr(self.serial << 13), len: self.serial as u32 % 9999 + 1, access }
+            })
+            .collect();
+        let allowed = self.world.rules.indirect == Indirect::Allowed;
+        let table = if folded && allowed && buffers.len() <= TABLE_BUFFERS { self.tables.pop() } else { None };
+        let (size, free) = (self.driver.size(), self.driver.free());
+        let needed = if table.is_some() { 1 } else { buffers.len() };
+        match self.driver.add(&buffers, table.map(|table| self.world.table(table))) {
+            Ok(token) => {
+                assert!(token.index() < size.into());
+                assert_eq!(self.given.insert(token, table), None, "a token twice");
+                assert_eq!(usize::from(free - self.driver.free()), needed);
+                self.added.push_back((token, buffers));
+            }
+            Err(error) => {
+                self.tables.extend(table);
+                assert_eq!(self.driver.free(), free);
+                match error {
+                    AddError::NoBytes => assert!(buffers.is_empty()),
+                    AddError::TooManyBuffers { .. } => assert!(buffers.len() > size.into()),
+                    AddError::Full { .. } => assert!(needed > free.into()),
+                    error => panic!("{error}"),
+                }
+            }
+        }
+        self.world.driver_to_device();
+    }
+
+    fn kick(&mut self) {
+        let kick = self.driver.needs_kick();
+        self.world.driver_to_device();
+        let news = !self.added.is_empty();
+        self.published.append(&mut self.added);
+        match self.device_is {
+            Listening::Asleep => assert!(kick == news || !self.published.is_empty(), "kicked for nothing"),
+            Listening::Deaf if self.silences(Listening::Deaf) => assert!(!kick, "kicked a device that does not listen"),
+            Listening::Deaf | Listening::Awake => {}
+        }
+        if self.device_is == Listening::Asleep && !self.published.is_empty() {
+            assert!(kick, "the device sleeps for ever");
+            self.device_is = Listening::Awake;
+        }
+    }
+
+    /// Whether a device that does not listen is never told: by `EVENT_IDX` in a split ring it can only fall behind.
+    fn silences(&self, _: Listening) -> bool {
+        let Rules { format, notifications, .. } = self.world.rules;
+        format == Format::Packed || notifications == Notifications::Flags
+    }
+
+    fn take(&mut self, count: usize) {
+        self.driver.disable_callbacks();
+        self.driver_is = Listening::Deaf;
+        for _ in 0..count {
+            let used = self.driver.take_used().unwrap();
+            // What was added is published by taking; a device that sleeps is rung for it at the next kick.
+            self.published.append(&mut self.added);
+            assert_eq!(used, self.used.pop_front());
+            let Some(used) = used else { break };
+            self.tables.extend(self.given.remove(&used.token).unwrap());
+            self.done += 1;
+        }
+        self.world.driver_to_device();
+    }
+
+    fn driver_sleeps(&mut self) {
+        let more = self.driver.enable_callbacks().unwrap();
+        self.world.driver_to_device();
+        assert_eq!(more, !self.used.is_empty());
+        self.driver_is = if more { Listening::Awake } else { Listening::Asleep };
+    }
+
+    fn pop(&mut self, count: usize) {
+        self.patiently(OpenQueue::disable_notifications);
+        self.device_is = Listening::Deaf;
+        let mut chains = Vec::new();
+        // One visit for as much as goes, and another after each miss.
+        let mut tries = 0;
+        'visits: while chains.len() < count {
+            tries += 1;
+            assert!(tries < PATIENCE, "the ring never resolves");
+            let before = self.device.position();
+            let had = chains.len();
+            let visit = self.world;
+            let mut open = self.device.open(&visit);
+            while chains.len() < count {
+                let mut chain = Chain::default();
+                match open.pop(&mut chain) {
+                    Ok(true) => chains.push(chain),
+                    Ok(false) => break 'visits,
+                    Err(RingStop::Wait(_)) => break,
+                    Err(stop) => panic!("{stop}"),
+                }
+            }
+            if chains.len() == had {
+                assert_eq!(self.device.position(), before);
+            }
+        }
+        let expected = count.min(self.published.len());
+        assert_eq!(chains.len(), expected, "chains were overlooked, or made up");
+        for mut chain in chains {
+            let (token, buffers) = self.published.pop_front().unwrap();
+            assert_eq!(chain.is_folded(), self.given[&token].is_some());
+            self.expand(&mut chain);
+            assert_eq!(chain.descriptors(), buffers);
+            let total = |access| buffers.iter().filter(|buffer| buffer.access == access).map(|buffer| buffer.len).sum();
+            assert_eq!((chain.readable_len(), chain.writable_len()), (total(Access::Read), total(Access::Write)));
+            self.popped.push((token, chain));
+        }
+    }
+
+    fn expand(&self, chain: &mut Chain) {
+        let mut asked: Option<Ticket> = None;
+        for _ in 0..PATIENCE {
+            match chain.expand(&self.world, asked) {
+                Ok(()) => return,
+                Err(RingStop::Wait(miss)) => asked = asked.or(Some(miss.ticket)),
+                Err(stop) => panic!("{stop}"),
+            }
+        }
+        panic!("the table never resolves");
+    }
+
+    fn push(&mut self, order: &[prop::sample::Index]) {
+        let mut pushed = Vec::new();
+        for index in order {
+            if self.popped.is_empty() {
+                break;
+            }
+            let (token, chain) = self.popped.swap_remove(index.index(self.popped.len()));
+            let written = if index.index(3) == 0 { 0 } else { chain.writable_len() };
+            self.patiently(|open| open.push(chain.head(), written));
+            pushed.push(Used { token, written });
+        }
+        // Until it is published the driver sees nothing.
+        self.world.device_to_driver();
+        if self.used.is_empty() {
+            assert_eq!(self.driver.take_used(), Ok(None));
+            self.published.append(&mut self.added);
+            self.world.driver_to_device();
+        }
+        self.patiently(OpenQueue::publish);
+        self.world.device_to_driver();
+        let news = !pushed.is_empty();
+        self.used.extend(pushed);
+        self.notify(news);
+    }
+
+    fn notify(&mut self, news: bool) {
+        let notify = self.patiently(OpenQueue::needs_notification);
+        let known = !std::mem::take(&mut self.resumed);
+        if known {
+            match self.driver_is {
+                Listening::Deaf => assert!(!notify, "told a driver that does not listen"),
+                _ => assert!(news || !notify, "told of nothing"),
+            }
+        }
+        if self.driver_is == Listening::Asleep && !self.used.is_empty() {
+            assert!(notify, "the driver sleeps for ever");
+            self.driver_is = Listening::Awake;
+        }
+    }
+
+    fn device_sleeps(&mut self) {
+        let more = self.patiently(OpenQueue::enable_notifications);
+        self.world.device_to_driver();
+        assert_eq!(more, !self.published.is_empty());
+        self.device_is = if more { Listening::Awake } else { Listening::Asleep };
+    }
+
+    /// The front-end's number is enough where nothing is under way; else the whole position is.
+    fn resume(&mut self) {
+        let World { rules, layout, .. } = *self.world;
+        let position = self.device.position();
+        let from_base = Position::from_vring_base(rules.format, position.vring_base(rules.format)).unwrap();
+        if self.popped.is_empty() || rules.format == Format::Packed && position.used != 0 {
+            assert_eq!(from_base, position);
+        }
+        let under_way = self.device.under_way();
+        self.device = DeviceQueue::new(rules, layout, position).unwrap();
+        assert_eq!(self.device.under_way(), under_way);
+        self.resumed = true;
+    }
+
+    fn patiently<T>(&mut self, mut try_it: impl FnMut(&mut OpenQueue<'_, '_, &World>) -> Result<T, RingStop>) -> T {
+        for _ in 0..PATIENCE {
+            let before = self.device.position();
+            let visit = self.world;
+            let tried = try_it(&mut self.device.open(&visit));
+            match tried {
+                Ok(done) => {
+                    self.world.device_to_driver();
+                    return done;
+                }
+                Err(RingStop::Wait(_)) => assert_eq!(self.device.position(), before),
+                Err(stop) => panic!("{stop}"),
+            }
+        }
+        panic!("the ring never resolves");
+    }
+
+    /// Everything comes to its end.
+    fn finish(&mut self) {
+        for _ in 0..PATIENCE {
+            self.kick();
+            self.pop(usize::MAX);
+            self.push(&vec![prop::sample::Index::arbitrary_first(); self.popped.len()]);
+            self.take(usize::MAX);
+            if self.given.is_empty() {
+                break;
+            }
+        }
+        assert_eq!(self.driver.free(), self.driver.size());
+        assert_eq!(self.device.under_way(), 0);
+        assert_eq!(self.driver.under_way().count(), 0);
+    }
+}
+
+trait First {
+    fn arbitrary_first() -> Self;
+}
+
+impl First for prop::sample::Index {
+    fn arbitrary_first() -> Self {
+        use proptest::strategy::ValueTree;
+        use proptest::test_runner::TestRunner;
+        any::<prop::sample::Index>().new_tree(&mut TestRunner::deterministic()).unwrap().current()
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn halves_agree_in_any_order(
+        (rules, size) in any_queue(),
+        kind in any_kind(),
+        skew in 0..400usize,
+        steps in prop::collection::vec(any_step(), 1..120),
+    ) {
+        let world = World::new(kind, rules, size, skew);
+        let mut pair = Pair::new(&world);
+        for step in &steps {
+            pair.step(step);
+        }
+        pair.finish();
+    }
+}
+
+/// More requests than an index has values, in batches that are no divisor of anything.
+#[test]
+fn indices_wrap() {
+    let order: Vec<_> = vec![prop::sample::Index::arbitrary_first(); 7];
+    for rules in all_rules() {
+        for size in match rules.format {
+            Format::Split => [1, 4, 16, 128],
+            Format::Packed => [1, 3, 10, 128],
+        } {
+            let world = World::new(Kind::Flat, rules, size, 1);
+            let mut pair = Pair::new(&world);
+            let mut turn = 0;
+            while pair.done < 70_000 {
+                turn += 1;
+                for _ in 0..turn % 5 + 1 {
+                    pair.add(turn % 2 + 1, turn % 3, turn % 4 == 0);
+                    pair.add(1, 0, false);
+                }
+                pair.kick();
+                pair.pop(turn % 7 + 1);
+                pair.push(&order[turn % 3..]);
+                if turn % 11 == 0 {
+                    pair.device_sleeps();
+                }
+                pair.take(turn % 6 + 1);
+                if turn % 13 == 0 {
+                    pair.driver_sleeps();
+                }
+            }
+            pair.finish();
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! `ringfence serve`: one device, one socket.
+
+use crate::log;
+use anyhow::Context;
+use clap::{Args, Subcommand};
+use ringfence_device::Device;
+use ringfence_device::blk::{self, Blk};
+use ringfence_device::storage::{self, Format};
+use ringfence_policy::IommuMode;
+use ringfence_vhost_user::server::{Options, Server};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::io;
+use std::os::fd::{AsFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+use tracing_subscriber::filter::LevelFilter;
+
+/// The devices; each is a line here and a file in `ringfence-device`.
+#[derive(Subcommand)]
+pub(crate) enum Serve {
+    /// A disk (virtio-blk)
+    Blk(ServeBlk),
+}
+
+impl Serve {
+    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        match self {
+            Serve::Blk(blk) => blk.run(),
+        }
+    }
+}
+
+/// What every served device is told.
+#[derive(Args)]
+struct Common {
+    /// Listen on this Unix socket for one front-end (VMM) after the other
+    ///
+    /// A socket that a dead process left behind is replaced, one that somebody listens on is not. Removed at the end.
+    #[arg(long, visible_alias = "socket-path", value_name = "PATH", required_unless_present_any = ["fd", "print_capabilities"])]
+    socket: Option<PathBuf>,
+
+    /// Use the socket that was inherited as this file descriptor, listening or connected
+    #[arg(long, value_name = "N", conflicts_with = "socket", value_parser = clap::value_parser!(RawFd).range(0..))]
+    fd: Option<RawFd>,
+
+    /// What to do about the IOMMU
+    ///
+    /// off: an old device; the flag is not offered. offer: the flag is offered, and once it is taken everything is
+    /// translated. require: whoever does not take the flag is refused. QEMU strips the flag where the machine has no
+    /// IOMMU, so `require` also refuses such machines.
+    #[arg(long, value_name = "MODE", default_value_t, value_parser = iommu_mode())]
+    iommu: IommuMode,
+
+    /// How many queues to offer
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUES))]
+    queues: u16,
+
+    /// The longest queue that a driver may set up
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u16).range(2..=32768))]
+    queue_size: u16,
+
+    /// For how many microseconds a queue looks for more work before it sleeps
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
+    poll: u64,
+
+    /// How much to log to standard error: off, error, warn, info, debug, trace
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    log: LevelFilter,
+
+    /// Print what this back-end can do as JSON, as the vhost-user convention asks, and exit
+    #[arg(long)]
+    print_capabilities: bool,
+}
+
+/// Each queue is a thread; more than this many is a slip of the finger.
+const MAX_QUEUES: i64 = 256;
+
+fn iommu_mode() -> impl clap::builder::TypedValueParser<Value = IommuMode> {
+    use clap::builder::{PossibleValuesParser, TypedValueParser};
+    PossibleValuesParser::new(["off", "offer", "require"]).map(|name| name.parse().expect("one of the modes"))
+}
+
+impl Common {
+    fn serve(self, device: Arc<dyn Device>) -> anyhow::Result<ExitCode> {
+        let end = end_of_process().context("can't wait for SIGTERM and SIGINT")?;
+        let server = match (&self.socket, self.fd) {
+            (Some(path), _) => Server::bind(path)?,
+            (None, Some(fd)) => Server::inherit(fd)?,
+            (None, None) => unreachable!("the command line requires one of them"),
+        };
+        let options =
+            Options { iommu: self.iommu, queue_size: self.queue_size, poll: Duration::from_micros(self.poll) };
+        server.run(device, options, end.as_fd())?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Becomes readable when the process is told to end.
+fn end_of_process() -> io::Result<UnixStream> {
+    let (ours, handler) = UnixStream::pair()?;
+    for signal in [SIGTERM, SIGINT] {
+        signal_hook::low_level::pipe::register(signal, handler.try_clone()?)?;
+    }
+    Ok(ours)
+}
+
+/// Serve a disk over vhost-user.
+///
+/// The image stays open for as long as the process runs; several front-ends are served one after the other.
+#[derive(Args)]
+#[command(after_long_help = BLK_EXAMPLE)]
+pub(crate) struct ServeBlk {
+    #[command(flatten)]
+    common: Common,
+
+    /// The image file or block device; null:SIZE for a disk without content, memory:SIZE for one in memory
+    #[arg(long, visible_alias = "blk-file", value_name = "PATH", required_unless_present = "print_capabilities")]
+    image: Option<String>,
+
+    /// The image's format; it is never guessed, because a guest could make a raw image look like another
+    #[arg(long, value_name = "FORMAT", default_value = "raw", value_enum)]
+    format: Format,
+
+    /// Refuse every write
+    #[arg(long)]
+    read_only: bool,
+
+    /// The serial number that the guest sees, up to 20 bytes
+    #[arg(long, value_name = "TEXT", default_value = "ringfence")]
+    serial: String,
+}
+
+const BLK_EXAMPLE: &str = "\
+Example:
+  ringfence serve blk --socket /tmp/disk.sock --image disk.img --iommu require &
+  qemu-system-x86_64 -M q35,memory-backend=mem,kernel-irqchip=split -device intel-iommu,intremap=on \\
+    -m 1G -object memory-backend-memfd,id=mem,size=1G,share=on \\
+    -chardev socket,id=disk,path=/tmp/disk.sock \\
+    -device vhost-user-blk-pci,chardev=disk,disable-legacy=on,iommu_platform=on …";
+
+impl ServeBlk {
+    fn run(self) -> anyhow::Result<ExitCode> {
+        if self.common.print_capabilities {
+            println!("{}", serde_json::json!({ "type": "block", "features": ["read-only", "blk-file"] }));
+            return Ok(ExitCode::SUCCESS);
+        }
+        log::to_stderr(self.common.log);
+        let image = self.image.expect("the command line requires it");
+        let storage = storage::open(&image, self.format, self.read_only)?;
+        let options =
+            blk::Options { queues: self.common.queues, queue_size: self.common.queue_size, serial: self.serial };
+        self.common.serve(Arc::new(Blk::new(storage, options)))
+    }
+}

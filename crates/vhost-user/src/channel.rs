@@ -1,0 +1,314 @@
+//! Unix stream sockets that carry messages and file descriptors.
+//!
+//! Knows where one message ends and the next begins. Knows no meaning of any message.
+//!
+//! A peer may stop anywhere, also in the middle of a header, and nobody waits for it unless he said for how long: what
+//! has arrived is kept, and the rest is read when there is more. It may attach more descriptors than any message has:
+//! they are closed, and it loses its connection. It may stop reading: what we have to say is kept up to a bound.
+
+use crate::wire::{Frame, Header, MAX_FDS, WireError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, send, sendmsg,
+};
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// For how long a peer may leave a message of ours unread before it counts as gone.
+const SEND_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How many bytes wait for a peer that does not read its back-end channel.
+const MAX_BACKLOG: usize = 1 << 20;
+
+/// Both directions of a socket; messages come in whole.
+#[derive(Debug)]
+pub struct Channel {
+    socket: OwnedFd,
+    inbox: Inbox,
+}
+
+/// What a look at the socket brought.
+#[derive(Debug)]
+pub enum Received {
+    /// A message.
+    Message(Message),
+    /// Not a whole message yet. Poll for more.
+    Nothing,
+    /// The peer has closed its end, between two messages.
+    End,
+}
+
+/// One message as it arrived.
+#[derive(Debug)]
+pub struct Message {
+    /// Its header.
+    pub header: Header,
+    /// Its payload, as long as the header says.
+    pub body: Vec<u8>,
+    /// All descriptors that came with it, close-on-exec; at most [`MAX_FDS`].
+    pub fds: Vec<OwnedFd>,
+}
+
+/// Why a socket is of no use any more.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChannelError {
+    /// What came has no message's header.
+    #[error("{0}")]
+    Header(#[from] WireError),
+    /// The peer closed its end within a message.
+    #[error("the peer closed the connection {got} bytes into a message")]
+    Truncated {
+        /// Bytes that had come.
+        got: usize,
+    },
+    /// More descriptors came with one message than any message has, or than this process can hold.
+    #[error("more than {MAX_FDS} file descriptors with a message, or none left to hold them")]
+    TooManyFds,
+    /// The peer closed its end where an answer was waited for.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// Nothing came, or nothing could be sent, for so long.
+    #[error("the peer did not {0} in time")]
+    TimedOut(&'static str),
+    /// The socket itself failed.
+    #[error("the socket failed: {0}")]
+    Socket(Errno),
+}
+
+/// What of the next message is here.
+#[derive(Debug, Default)]
+struct Inbox {
+    head: [u8; Header::SIZE],
+    header: Option<Header>,
+    body: Vec<u8>,
+    /// Bytes of `head`, or once `header` is there of `body`, that have come.
+    filled: usize,
+    fds: Vec<OwnedFd>,
+}
+
+impl Channel {
+    /// Uses `socket`, a connected Unix stream. Its flags are left alone: no call here waits unless it says so.
+    pub fn new(socket: OwnedFd) -> Self {
+        Self { socket, inbox: Inbox::default() }
+    }
+
+    /// The next message if it is all here. Never waits.
+    ///
+    /// # Errors
+    /// The connection is of no use any more, see [`ChannelError`].
+    pub fn receive(&mut self) -> Result<Received, ChannelError> {
+        // At most as often as a message has bytes.
+        loop {
+            let inbox = &mut self.inbox;
+            if let Some(header) = inbox.header.filter(|header| inbox.filled == header.size as usize) {
+                let Inbox { body, fds, .. } = std::mem::take(inbox);
+                return Ok(Received::Message(Message { header, body, fds }));
+            }
+            // Never past the end of a message: descriptors belong to the message whose bytes they came with.
+            let into = match inbox.header {
+                None => &mut inbox.head[inbox.filled..],
+                Some(_) => &mut inbox.body[inbox.filled..],
+            };
+            match read(self.socket.as_fd(), into, &mut inbox.fds) {
+                Ok(0) => return inbox.end(),
+                Ok(count) => inbox.filled += count,
+                Err(ReadError::Errno(Errno::AGAIN)) => return Ok(Received::Nothing),
+                Err(ReadError::Errno(Errno::INTR)) => {}
+                Err(ReadError::Errno(Errno::CONNRESET)) => return inbox.end(),
+                Err(ReadError::Errno(errno)) => return Err(ChannelError::Socket(errno)),
+                Err(ReadError::TooManyFds) => return Err(ChannelError::TooManyFds),
+            }
+            if inbox.header.is_none() && inbox.filled == Header::SIZE {
+                let header = Header::parse(&inbox.head)?;
+                inbox.body = vec![0; header.size as usize];
+                inbox.filled = 0;
+                inbox.header = Some(header);
+            }
+        }
+    }
+
+    /// The next message, waited for until `deadline`.
+    ///
+    /// # Errors
+    /// As [`Channel::receive`]; also if the peer closes its end or lets the time pass.
+    pub fn receive_until(&mut self, deadline: Instant) -> Result<Message, ChannelError> {
+        loop {
+            match self.receive()? {
+                Received::Message(message) => return Ok(message),
+                Received::End => return Err(ChannelError::Closed),
+                Received::Nothing => wait(self.socket.as_fd(), PollFlags::IN, deadline, "answer")?,
+            }
+        }
+    }
+
+    /// Sends all of `frame`. Waits for a peer that does not read, though not for ever.
+    ///
+    /// # Errors
+    /// The peer is gone or does not read; a part of the message may have been sent.
+    pub fn send(&self, frame: &Frame<'_>) -> Result<(), ChannelError> {
+        let deadline = Instant::now() + SEND_PATIENCE;
+        let mut sent = 0;
+        while sent < frame.bytes.len() {
+            // Descriptors travel with the first byte, once.
+            let fds = if sent == 0 { &frame.fds[..] } else { &[] };
+            match write(self.socket.as_fd(), &frame.bytes[sent..], fds) {
+                Ok(count) => sent += count,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => wait(self.socket.as_fd(), PollFlags::OUT, deadline, "read")?,
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(ChannelError::Closed),
+                Err(errno) => return Err(ChannelError::Socket(errno)),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Inbox {
+    fn end(&self) -> Result<Received, ChannelError> {
+        match self.header {
+            None if self.filled == 0 => Ok(Received::End),
+            None => Err(ChannelError::Truncated { got: self.filled }),
+            Some(_) => Err(ChannelError::Truncated { got: Header::SIZE + self.filled }),
+        }
+    }
+}
+
+/// One direction of a socket, for those who must not wait: what the socket does not take at once is kept in order.
+#[derive(Debug)]
+pub struct Sender {
+    socket: OwnedFd,
+    backlog: Vec<u8>,
+}
+
+/// Why a [`Sender`] is of no use any more.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SendError {
+    /// The peer has closed its end.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// The peer does not read, and no more can be kept for it.
+    #[error("the peer leaves {bytes} bytes unread")]
+    Backlog {
+        /// How much is kept.
+        bytes: usize,
+    },
+    /// The socket itself failed.
+    #[error("the socket failed: {0}")]
+    Socket(Errno),
+}
+
+impl Sender {
+    /// Uses `socket`, a connected Unix stream.
+    pub fn new(socket: OwnedFd) -> Self {
+        Self { socket, backlog: Vec::new() }
+    }
+
+    /// Keeps `frame` for the next [`Sender::flush`], so that many go out in one write. It has no descriptors.
+    ///
+    /// # Errors
+    /// Too much is kept already.
+    pub fn queue(&mut self, frame: &Frame<'_>) -> Result<(), SendError> {
+        assert!(frame.fds.is_empty(), "descriptors can't wait: they are only borrowed");
+        if self.backlog.len() + frame.bytes.len() > MAX_BACKLOG {
+            return Err(SendError::Backlog { bytes: self.backlog.len() });
+        }
+        self.backlog.extend_from_slice(&frame.bytes);
+        Ok(())
+    }
+
+    /// Sends as much as the socket takes. Never waits.
+    ///
+    /// # Errors
+    /// The peer is gone.
+    pub fn flush(&mut self) -> Result<(), SendError> {
+        let mut sent = 0;
+        let result = loop {
+            if sent == self.backlog.len() {
+                break Ok(());
+            }
+            match send(&self.socket, &self.backlog[sent..], SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                Ok(count) => sent += count,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => break Ok(()),
+                Err(Errno::PIPE | Errno::CONNRESET) => break Err(SendError::Closed),
+                Err(errno) => break Err(SendError::Socket(errno)),
+            }
+        };
+        self.backlog.drain(..sent);
+        result
+    }
+
+    /// Whether something is kept: poll for room, then [`Sender::flush`] again.
+    pub fn is_backed_up(&self) -> bool {
+        !self.backlog.is_empty()
+    }
+}
+
+impl AsFd for Sender {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+enum ReadError {
+    Errno(Errno),
+    TooManyFds,
+}
+
+/// Reads what is there, and adds the descriptors that came with it to `fds`.
+fn read(socket: BorrowedFd<'_>, into: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize, ReadError> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let got = recvmsg(socket, &mut [IoSliceMut::new(into)], &mut control, flags).map_err(ReadError::Errno)?;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(arrived) = message {
+            fds.extend(arrived);
+        }
+    }
+    // Truncated: the peer sent more than there is space for, or we have run out of descriptors. Those that did arrive
+    // are in `fds`, which the error makes its owner drop.
+    if got.flags.contains(ReturnFlags::CTRUNC) || fds.len() > MAX_FDS {
+        fds.clear();
+        return Err(ReadError::TooManyFds);
+    }
+    Ok(got.bytes)
+}
+
+fn write(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<usize, Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() {
+        assert!(control.push(SendAncillaryMessage::ScmRights(fds)), "{} descriptors in a message", fds.len());
+    }
+    sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
+}
+
+fn wait(socket: BorrowedFd<'_>, what: PollFlags, deadline: Instant, verb: &'static str) -> Result<(), ChannelError> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ChannelError::TimedOut(verb));
+        }
+        // A wait too long for the kernel's clock is as good as none.
+        let timeout = Timespec::try_from(left).ok();
+        match poll(&mut [PollFd::from_borrowed_fd(socket, what)], timeout.as_ref()) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => return Ok(()),
+            Err(errno) => return Err(ChannelError::Socket(errno)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

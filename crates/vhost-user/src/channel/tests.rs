@@ -1,0 +1,175 @@
+use super::*;
+use crate::wire::{BackendRequest, FrontendCode, IotlbReport, Kind, NeedReply, Reply, Request};
+use ringfence_dma::{BusAddr, Permission};
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+
+fn pair() -> (Channel, UnixStream) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    (Channel::new(ours.into()), theirs)
+}
+
+fn message(channel: &mut Channel) -> Message {
+    match channel.receive() {
+        Ok(Received::Message(message)) => message,
+        other => panic!("no message: {other:?}"),
+    }
+}
+
+fn send_with_fds(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
+    sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::empty()).unwrap();
+}
+
+/// How many descriptors of this process are open on the same thing as `fd`.
+fn open_copies(fd: BorrowedFd<'_>) -> usize {
+    let name = |path: &std::path::Path| std::fs::read_link(path).ok();
+    let wanted = name(format!("/proc/self/fd/{}", fd.as_raw_fd()).as_ref());
+    let entries = std::fs::read_dir("/proc/self/fd").unwrap();
+    entries.filter(|entry| name(&entry.as_ref().unwrap().path()) == wanted).count()
+}
+
+#[test]
+fn a_message_may_come_in_any_pieces() {
+    let (mut channel, mut peer) = pair();
+    let mut stream = Request::<OwnedFd>::SetFeatures(0x1234_5678_9abc_def0).encode(NeedReply::Yes).bytes;
+    stream.extend(Request::<OwnedFd>::GetFeatures.encode(NeedReply::No).bytes);
+    let mut arrived = Vec::new();
+    for byte in stream {
+        assert!(matches!(channel.receive(), Ok(Received::Nothing)));
+        peer.write_all(&[byte]).unwrap();
+        if let Received::Message(Message { header, body, fds }) = channel.receive().unwrap() {
+            arrived.push(Request::parse(&header, &body, fds).unwrap());
+        }
+    }
+    assert!(matches!(arrived[..], [Request::SetFeatures(0x1234_5678_9abc_def0), Request::GetFeatures]));
+    drop(peer);
+    assert!(matches!(channel.receive(), Ok(Received::End)));
+}
+
+#[test]
+fn descriptors_belong_to_the_message_they_came_with() {
+    let (mut channel, peer) = pair();
+    let sender = Channel::new(peer.into());
+    let (one, two) = (std::io::pipe().unwrap(), std::io::pipe().unwrap());
+    sender.send(&Request::<OwnedFd>::GetFeatures.encode(NeedReply::No)).unwrap();
+    sender.send(&Request::SetLogFd(&one.1).encode(NeedReply::No)).unwrap();
+    sender.send(&Request::SetBackendReqFd(&two.1).encode(NeedReply::No)).unwrap();
+    assert!(message(&mut channel).fds.is_empty());
+    for (code, mut pipe) in [(FrontendCode::SetLogFd, one.0), (FrontendCode::SetBackendReqFd, two.0)] {
+        let Message { header, fds, .. } = message(&mut channel);
+        assert_eq!(header.request, code.number());
+        let [fd] = <[_; 1]>::try_from(fds).unwrap();
+        assert!(rustix::io::fcntl_getfd(&fd).unwrap().contains(rustix::io::FdFlags::CLOEXEC));
+        let mut file = std::fs::File::from(fd);
+        file.write_all(b"!").unwrap();
+        let mut byte = [0];
+        pipe.read_exact(&mut byte).unwrap();
+        assert_eq!(&byte, b"!");
+    }
+}
+
+#[test]
+fn descriptors_beyond_any_message_are_closed() {
+    // As many as fit the kernel's idea of our buffer, and more than that; at once, and piece by piece.
+    for (chunks, each) in [(1, 9), (1, 64), (2, 5), (12, 1)] {
+        let (mut channel, peer) = pair();
+        let (reader, writer) = std::io::pipe().unwrap();
+        let before = open_copies(writer.as_fd());
+        for _ in 0..chunks {
+            send_with_fds(&peer, &[1], &vec![writer.as_fd(); each]);
+        }
+        assert_eq!(channel.receive().unwrap_err(), ChannelError::TooManyFds, "{chunks} times {each}");
+        // Those that nobody has read go with the socket.
+        drop((channel, peer));
+        assert_eq!(open_copies(writer.as_fd()), before);
+        drop(reader);
+    }
+}
+
+#[test]
+fn what_is_no_message_ends_the_connection() {
+    let (mut channel, mut peer) = pair();
+    peer.write_all(b"GET / HTTP/1.1\r\n").unwrap();
+    assert!(matches!(channel.receive(), Err(ChannelError::Header(_))));
+
+    let (mut channel, mut peer) = pair();
+    peer.write_all(&Request::<OwnedFd>::SetFeatures(1).encode(NeedReply::No).bytes[..15]).unwrap();
+    drop(peer);
+    assert_eq!(channel.receive().unwrap_err(), ChannelError::Truncated { got: 15 });
+
+    let (mut channel, mut peer) = pair();
+    peer.write_all(&[1]).unwrap();
+    drop(peer);
+    assert_eq!(channel.receive().unwrap_err(), ChannelError::Truncated { got: 1 });
+}
+
+#[test]
+fn an_answer_is_waited_for_until_the_deadline() {
+    let (mut channel, peer) = pair();
+    let soon = Instant::now() + Duration::from_millis(20);
+    assert_eq!(channel.receive_until(soon).unwrap_err(), ChannelError::TimedOut("answer"));
+    assert!(Instant::now() >= soon);
+
+    let answering = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(10));
+        let code = FrontendCode::GetFeatures.number();
+        Channel::new(peer.into()).send(&Reply::U64(5).encode(code)).unwrap();
+    });
+    let answer = channel.receive_until(Instant::now() + Duration::from_secs(60)).unwrap();
+    assert_eq!((answer.header.kind, answer.body), (Kind::Reply, 5u64.to_ne_bytes().to_vec()));
+    answering.join().unwrap();
+    let late = Instant::now() + Duration::from_secs(60);
+    assert_eq!(channel.receive_until(late).unwrap_err(), ChannelError::Closed);
+    assert_eq!(channel.send(&Request::<OwnedFd>::GetFeatures.encode(NeedReply::No)), Err(ChannelError::Closed));
+}
+
+#[test]
+fn what_a_peer_does_not_read_is_kept_in_order_and_bounded() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut sender = Sender::new(ours.into());
+    let miss = |n| IotlbReport::Miss { iova: BusAddr(n), perm: Permission::ReadOnly };
+    let request = |n| BackendRequest::IotlbMsg(miss(n));
+
+    // One write for all of them: nothing has gone out before.
+    let mut receiver = Channel::new(theirs.into());
+    (0..3).for_each(|n| sender.queue(&request(n).encode(NeedReply::Yes)).unwrap());
+    assert!(matches!(receiver.receive(), Ok(Received::Nothing)));
+    sender.flush().unwrap();
+    assert!(!sender.is_backed_up());
+
+    // Then more than the socket holds.
+    let mut count = 3;
+    while !sender.is_backed_up() {
+        sender.queue(&request(count).encode(NeedReply::Yes)).unwrap();
+        sender.flush().unwrap();
+        count += 1;
+    }
+    let full = loop {
+        match sender.queue(&request(count).encode(NeedReply::Yes)) {
+            Ok(()) => count += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(full, SendError::Backlog { bytes } if bytes <= MAX_BACKLOG));
+
+    let mut seen = 0;
+    while seen < count {
+        match receiver.receive().unwrap() {
+            Received::Message(Message { header, body, fds }) => {
+                let request = BackendRequest::parse(&header, &body, fds).unwrap();
+                assert!(matches!(request, BackendRequest::IotlbMsg(report) if report == miss(seen)));
+                seen += 1;
+            }
+            Received::Nothing => sender.flush().unwrap(),
+            Received::End => panic!("nobody has closed"),
+        }
+    }
+    assert!(!sender.is_backed_up());
+    drop(receiver);
+    sender.queue(&request(0).encode(NeedReply::Yes)).unwrap();
+    assert_eq!(sender.flush(), Err(SendError::Closed));
+}

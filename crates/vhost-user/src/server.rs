@@ -1,0 +1,343 @@
+//! A back-end on its socket: one front-end after the other, until told to end.
+
+use crate::channel::{Channel, ChannelError, Message, Received, Sender};
+use crate::session::{Session, SessionError};
+use crate::wire::{BackendCode, BackendRequest, NeedReply, Reply, Request, WireError};
+use ringfence_device::Device;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use std::io;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use crate::session::Options;
+
+/// Where front-ends come from.
+#[derive(Debug)]
+pub struct Server {
+    source: Source,
+    /// The socket in the file system that is ours to remove.
+    path: Option<PathBuf>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Listener(UnixListener),
+    Connected(UnixStream),
+}
+
+/// Why there is no server.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// Somebody answers on the socket.
+    #[error("{}: another process listens on this socket; end it or choose another path", .0.display())]
+    InUse(PathBuf),
+    /// There is a file that is no socket.
+    #[error("{}: exists and is not a socket; remove it or choose another path", .0.display())]
+    NotASocket(PathBuf),
+    /// The socket can't be had.
+    #[error("{}: can't listen: {error}", path.display())]
+    Listen {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        error: io::Error,
+    },
+    /// The inherited descriptor is no Unix stream socket.
+    #[error("file descriptor {fd}: not a Unix stream socket: {error}")]
+    Inherit {
+        /// Which.
+        fd: RawFd,
+        /// Why not.
+        error: io::Error,
+    },
+    /// The host is short of something.
+    #[error("can't wait for front-ends: {0}")]
+    Wait(io::Error),
+}
+
+/// Why a connection ended early.
+#[derive(Debug, thiserror::Error)]
+enum Lost {
+    #[error("the socket failed: {0}")]
+    Channel(#[from] ChannelError),
+    #[error("bad message: {0}")]
+    Wire(#[from] WireError),
+    #[error("{0}")]
+    Session(#[from] SessionError),
+    #[error("can't wait: {0}")]
+    Wait(#[from] Errno),
+}
+
+impl Server {
+    /// Listens on `path`. A socket that nobody listens on any more is replaced.
+    ///
+    /// # Errors
+    /// Somebody else uses the path, or the socket can't be made.
+    pub fn bind(path: &Path) -> Result<Self, ServerError> {
+        remove_stale(path)?;
+        let listener =
+            UnixListener::bind(path).map_err(|error| ServerError::Listen { path: path.to_owned(), error })?;
+        Ok(Self { source: Source::Listener(listener), path: Some(path.to_owned()) })
+    }
+
+    /// Uses a socket that was inherited: one that listens, or one whose other end is a front-end already.
+    ///
+    /// # Errors
+    /// The descriptor is not open, or not such a socket.
+    pub fn inherit(fd: RawFd) -> Result<Self, ServerError> {
+        // SAFETY: not -1, and only asked what it is; nothing is read from it and nothing closed.
+        let probe = unsafe { BorrowedFd::borrow_raw(fd) };
+        let listens = rustix::net::sockopt::socket_acceptconn(probe)
+            .map_err(|error| ServerError::Inherit { fd, error: error.into() })?;
+        // SAFETY: open by the line above, and the command line gave it to us to own.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let source = if listens { Source::Listener(fd.into()) } else { Source::Connected(fd.into()) };
+        Ok(Self { source, path: None })
+    }
+
+    /// Serves `device` to one front-end after the other, until `end` becomes readable; a socket that came connected is
+    /// served until its front-end leaves. A front-end's mistakes end its own connection and nothing else.
+    ///
+    /// # Errors
+    /// No front-end can be waited for any more.
+    pub fn run(self, device: Arc<dyn Device>, options: Options, end: BorrowedFd<'_>) -> Result<(), ServerError> {
+        let listener = match &self.source {
+            Source::Connected(stream) => {
+                let stream = stream.try_clone().map_err(ServerError::Wait)?;
+                connection(stream, &device, options, end);
+                return Ok(());
+            }
+            Source::Listener(listener) => listener,
+        };
+        if let Some(path) = &self.path {
+            tracing::info!(device = device.name(), iommu = %options.iommu, "listening on {}", path.display());
+        }
+        loop {
+            let mut fds = [PollFd::from_borrowed_fd(end, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(ServerError::Wait(error.into())),
+            }
+            if !fds[0].revents().is_empty() {
+                return Ok(());
+            }
+            if fds[1].revents().is_empty() {
+                continue;
+            }
+            match listener.accept() {
+                Ok((stream, _)) => {
+                    if connection(stream, &device, options, end) == Ended::ByUs {
+                        return Ok(());
+                    }
+                }
+                // A front-end that left before it was taken in, or a host that is short of something for now.
+                Err(error) => {
+                    tracing::warn!("can't take a front-end in: {error}");
+                    std::thread::sleep(std::time::Duration::from_millis(10));
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Removes a socket at `path` that nobody answers on.
+fn remove_stale(path: &Path) -> Result<(), ServerError> {
+    let failed = |error| ServerError::Listen { path: path.to_owned(), error };
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(error)),
+        Ok(metadata) if !metadata.file_type().is_socket() => return Err(ServerError::NotASocket(path.to_owned())),
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(ServerError::InUse(path.to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(failed),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    ByFrontend,
+    ByUs,
+}
+
+/// Serves one front-end, and tells the log in one line what it came to.
+fn connection(stream: UnixStream, device: &Arc<dyn Device>, options: Options, end: BorrowedFd<'_>) -> Ended {
+    let mut connection = Connection {
+        session: Session::new(Arc::clone(device), options),
+        frontend: Channel::new(stream.into()),
+        backend: None,
+    };
+    let ended = connection.run(end);
+    let counted = connection.session.counted();
+    let (ended, why) = match ended {
+        Ok(Ended::ByUs) => (Ended::ByUs, "told to end".to_owned()),
+        Ok(Ended::ByFrontend) => (Ended::ByFrontend, "the front-end left".to_owned()),
+        Err(lost) => {
+            tracing::error!("connection closed: {lost}");
+            (Ended::ByFrontend, "closed".to_owned())
+        }
+    };
+    tracing::info!(
+        misses = counted.misses,
+        updates = counted.updates,
+        invalidations = counted.invalidations,
+        faults = counted.faults,
+        "connection ended: {why}"
+    );
+    ended
+}
+
+/// Most messages between two looks at everything else.
+const BURST: usize = 256;
+
+/// How much of what had arrived on a socket was read.
+enum Read {
+    All,
+    Some,
+    /// All, and the other end is closed.
+    End,
+}
+
+struct Connection {
+    session: Session,
+    frontend: Channel,
+    /// Answers to what we asked on the back-end channel.
+    backend: Option<Channel>,
+}
+
+impl Connection {
+    fn run(&mut self, end: BorrowedFd<'_>) -> Result<Ended, Lost> {
+        loop {
+            let mut fds =
+                vec![PollFd::from_borrowed_fd(end, PollFlags::IN), PollFd::new(&self.frontend, PollFlags::IN)];
+            fds.extend(self.backend.as_ref().map(|backend| PollFd::new(backend, PollFlags::IN)));
+            match poll(&mut fds, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            if !fds[0].revents().is_empty() {
+                return Ok(Ended::ByUs);
+            }
+            match self.requests()? {
+                // An UPDATE was sent before the answer that it belongs to, and must be seen first.
+                Read::All => self.answers(),
+                Read::Some => {}
+                Read::End => return Ok(Ended::ByFrontend),
+            }
+            // A front-end that stops reading keeps its own questions unasked, and nothing else.
+            let _ = self.session.backend().flush();
+        }
+    }
+
+    /// Takes in what the front-end has sent, up to a bounded number of messages: it may send without end.
+    fn requests(&mut self) -> Result<Read, Lost> {
+        for _ in 0..BURST {
+            match self.frontend.receive()? {
+                Received::Message(message) => self.request(message)?,
+                Received::Nothing => return Ok(Read::All),
+                Received::End => return Ok(Read::End),
+            }
+        }
+        Ok(Read::Some)
+    }
+
+    fn request(&mut self, Message { header, body, fds }: Message) -> Result<(), Lost> {
+        let result = match Request::parse(&header, &body, fds) {
+            Ok(Request::SetBackendReqFd(fd)) => self.open_channel(fd).map(|()| None),
+            Ok(request) => {
+                tracing::trace!(?request, "message");
+                self.session.handle(request).map_err(Lost::from)
+            }
+            Err(error) => Err(error.into()),
+        };
+        // A message without an answer of its own is acknowledged where that was asked for.
+        let acknowledge = header.need_reply == NeedReply::Yes && self.session.acknowledges();
+        let reply = match &result {
+            Ok(Some(reply)) => Some(reply.encode(header.request)),
+            Ok(None) => acknowledge.then(|| Reply::U64(0).encode(header.request)),
+            Err(_) => acknowledge.then(|| Reply::U64(1).encode(header.request)),
+        };
+        if let Some(reply) = reply {
+            self.frontend.send(&reply)?;
+        }
+        match result {
+            Ok(_) => Ok(()),
+            Err(Lost::Session(error)) if !error.is_fatal() => {
+                tracing::warn!("message not carried out: {error}");
+                Ok(())
+            }
+            // Whoever was told of it can go on; whoever was not would be wrong about everything that follows.
+            Err(Lost::Wire(error)) if acknowledge => {
+                tracing::warn!("bad message: {error}");
+                Ok(())
+            }
+            Err(lost) => Err(lost),
+        }
+    }
+
+    fn open_channel(&mut self, fd: OwnedFd) -> Result<(), Lost> {
+        let sender = Sender::new(fd.try_clone().map_err(SessionError::Resources)?);
+        self.session.backend().connect(Some(sender));
+        self.backend = Some(Channel::new(fd));
+        Ok(())
+    }
+
+    /// Takes in the front-end's answers to our questions.
+    fn answers(&mut self) {
+        let Some(backend) = &mut self.backend else { return };
+        loop {
+            match backend.receive() {
+                Ok(Received::Message(message)) => match answer(message) {
+                    Ok(granted) => self.session.answered(granted),
+                    Err(error) => tracing::warn!("bad answer on the back-end channel: {error}"),
+                },
+                Ok(Received::Nothing) => return,
+                Ok(Received::End) => break,
+                Err(error) => {
+                    tracing::warn!("the back-end channel failed: {error}");
+                    break;
+                }
+            }
+        }
+        self.backend = None;
+        self.session.backend().connect(None);
+    }
+}
+
+/// What the front-end says to a MISS: zero if it has sent the translation.
+fn answer(Message { header, body, fds }: Message) -> Result<bool, WireError> {
+    BackendRequest::parse_reply(BackendCode::IotlbMsg, &header, &body, fds).map(|result| result == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stale_socket_is_replaced_a_live_one_and_a_file_are_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        drop(UnixListener::bind(&path).unwrap());
+        let server = Server::bind(&path).unwrap();
+        assert!(matches!(Server::bind(&path), Err(ServerError::InUse(_))));
+        drop(server);
+        assert!(!path.exists(), "the socket goes with its server");
+        std::fs::write(&path, "mine").unwrap();
+        assert!(matches!(Server::bind(&path), Err(ServerError::NotASocket(_))));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
+    }
+}

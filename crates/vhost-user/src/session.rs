@@ -1,0 +1,588 @@
+//! The back-end's side of one connection: what each message does. Knows no socket; [`crate::server`] has it.
+
+use crate::backend::Backend;
+use crate::vring::{self, Start, StartError, Vring};
+use crate::wire::{
+    Enable, F_PROTOCOL_FEATURES, FrontendCode, Invalidated, Iotlb as IotlbEntry, ProtocolFeatures, Reply, Request,
+    VringAddr, VringFd,
+};
+use ringfence_device::Device;
+use ringfence_dma::{BusAddr, FrontendVa, HostSlice, Permission};
+use ringfence_hostmem::{MapError, Placement, Regions};
+use ringfence_iotlb::{self as iotlb, Fence, Iotlb, Refused, Replies, Unmapped};
+use ringfence_policy::{Addressing, IommuMode, Refusal};
+use ringfence_ring::{Format, Indirect, Notifications, Rules};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Bits of rings and of the standard's version 1, which this session adds to a device's own.
+mod bits {
+    use virtio_spec::F;
+
+    pub(super) const VERSION_1: u64 = F::VERSION_1.bits().to_ne() as u64;
+    pub(super) const INDIRECT_DESC: u64 = F::INDIRECT_DESC.bits().to_ne() as u64;
+    pub(super) const EVENT_IDX: u64 = F::EVENT_IDX.bits().to_ne() as u64;
+    pub(super) const RING_PACKED: u64 = F::RING_PACKED.bits().to_ne() as u64;
+}
+
+/// How many regions can be there at a time; QEMU's own limit is 509.
+const MAX_MEM_SLOTS: u64 = 509;
+
+/// What of vhost-user itself is offered. Inflight tracking is not: requests that are under way end before a queue stops.
+const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
+    .union(ProtocolFeatures::REPLY_ACK)
+    .union(ProtocolFeatures::BACKEND_REQ)
+    .union(ProtocolFeatures::CONFIG)
+    .union(ProtocolFeatures::RESET_DEVICE)
+    .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(ProtocolFeatures::STATUS);
+
+/// How long a fence is waited for before the log says who is being waited for.
+const FENCE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// What an operator decides about a device.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// What to do about the IOMMU.
+    pub iommu: IommuMode,
+    /// The longest queue that a driver may set up.
+    pub queue_size: u16,
+    /// For how long an empty queue is looked at before its thread sleeps.
+    pub poll: Duration,
+}
+
+/// The back-end's side of one connection.
+pub struct Session {
+    device: Arc<dyn Device>,
+    options: Options,
+    protocol: ProtocolFeatures,
+    negotiated: Option<Negotiated>,
+    // Before the memory that its translations point to: a field is dropped before those below it.
+    iotlb: Option<Arc<Iotlb>>,
+    regions: Regions,
+    backend: Arc<Backend>,
+    vrings: Vec<Vring>,
+    status: u8,
+    past: Counted,
+}
+
+/// What the driver took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Negotiated {
+    features: u64,
+    addressing: Addressing,
+}
+
+/// What a connection came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// Translations asked for.
+    pub misses: u64,
+    /// Translations given.
+    pub updates: u64,
+    /// Ranges taken away.
+    pub invalidations: u64,
+    /// Accesses that were not let through.
+    pub faults: u64,
+}
+
+impl Counted {
+    fn add(&mut self, seen: &iotlb::Statistics) {
+        self.misses += seen.misses;
+        self.updates += seen.updates;
+        self.invalidations += seen.invalidations;
+        self.faults += seen.faults;
+    }
+}
+
+/// What a message could not have.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The driver, or the front-end for it, did not take what it must.
+    #[error("refused: {0}")]
+    Refused(#[from] Refusal),
+    /// Protocol features that were never offered.
+    #[error("protocol features {0:#x} were never offered")]
+    Protocol(u64),
+    /// A queue that is not there.
+    #[error("queue {index} of {queues}")]
+    Queue {
+        /// The one that was named.
+        index: u32,
+        /// How many there are.
+        queues: usize,
+    },
+    /// A queue of a size that no queue has.
+    #[error("queue size {size}, the limit is {max}")]
+    QueueSize {
+        /// What was asked for.
+        size: u32,
+        /// The most there can be.
+        max: u16,
+    },
+    /// A message that means nothing now.
+    #[error("{message} before {missing}")]
+    TooEarly {
+        /// The message's name.
+        message: FrontendCode,
+        /// What has to come first.
+        missing: &'static str,
+    },
+    /// Guest memory that can't be had.
+    #[error("guest memory: {0}")]
+    Memory(#[from] MapError),
+    /// An address of the front-end that is in none of the regions.
+    #[error("front-end address {addr} (+{size:#x}) is not in the memory table")]
+    Outside {
+        /// Where.
+        addr: FrontendVa,
+        /// How many bytes.
+        size: u64,
+    },
+    /// The flag was taken by a front-end that can't translate.
+    #[error(
+        "the IOMMU flag was taken, but the front-end gave no back-end channel (SET_BACKEND_REQ_FD) to ask for \
+         translations on: a front-end without IOTLB support must not take the flag; use --iommu off for it"
+    )]
+    NoChannel,
+    /// A translation that can't be kept.
+    #[error("{0}")]
+    Translation(#[from] Refused),
+    /// Translations where nothing is translated.
+    #[error("IOTLB_MSG from a front-end that did not take the IOMMU flag")]
+    NotTranslated,
+    /// A queue that has all it needs and does not start.
+    #[error("queue {index}: {error}")]
+    Start {
+        /// Which.
+        index: usize,
+        /// Why not.
+        error: StartError,
+    },
+    /// A message of a protocol feature that was not offered.
+    #[error("{0} belongs to a protocol feature that was not offered")]
+    NotOffered(FrontendCode),
+    /// The configuration space is not writable.
+    #[error("the device's configuration can't be written")]
+    ReadOnlyConfig,
+    /// The host is short of something.
+    #[error("{0}")]
+    Resources(#[from] io::Error),
+}
+
+impl SessionError {
+    /// Whether the connection goes on: what a guest can cause, or what went wrong for one entry alone, is no reason to
+    /// take a guest's device away.
+    pub fn is_fatal(&self) -> bool {
+        !matches!(self, SessionError::Outside { .. } | SessionError::NotTranslated | SessionError::Start { .. })
+    }
+}
+
+type Answer = Result<Option<Reply>, SessionError>;
+
+impl Session {
+    /// A session with nothing negotiated.
+    pub fn new(device: Arc<dyn Device>, options: Options) -> Self {
+        let vrings = (0..device.queues()).map(|_| Vring::new()).collect();
+        Self {
+            device,
+            options,
+            protocol: ProtocolFeatures::empty(),
+            negotiated: None,
+            iotlb: None,
+            regions: Regions::default(),
+            backend: Arc::default(),
+            vrings,
+            status: 0,
+            past: Counted::default(),
+        }
+    }
+
+    /// Does what a message says. The answer is what the message itself has; an acknowledgement that was asked for
+    /// besides is the caller's.
+    ///
+    /// # Errors
+    /// What could not be had, for a negative acknowledgement and the log.
+    pub fn handle(&mut self, request: Request) -> Answer {
+        match request {
+            Request::GetFeatures => Ok(Some(Reply::U64(self.offered() | F_PROTOCOL_FEATURES))),
+            Request::SetFeatures(features) => self.set_features(features),
+            Request::GetProtocolFeatures => Ok(Some(Reply::U64(PROTOCOL_FEATURES.bits()))),
+            Request::SetProtocolFeatures(features) => self.set_protocol_features(features),
+            Request::SetOwner => Ok(None),
+            Request::ResetOwner | Request::ResetDevice => self.reset(),
+            Request::GetStatus => Ok(Some(Reply::U64(self.status.into()))),
+            Request::SetStatus(status) => self.set_status(status),
+            Request::GetQueueNum => Ok(Some(Reply::U64(self.device.queues().into()))),
+            Request::GetConfig { offset, size, flags } => Ok(Some(self.config(offset, size, flags))),
+            Request::SetConfig { .. } => Err(SessionError::ReadOnlyConfig),
+            Request::GetMaxMemSlots => Ok(Some(Reply::U64(MAX_MEM_SLOTS))),
+            Request::SetMemTable(regions) => self.set_mem_table(regions),
+            Request::AddMemReg(placement, fd) => self.add_region(placement, fd),
+            Request::RemMemReg(placement) => self.remove_region(placement),
+            Request::SetVringNum { index, num } => self.set_vring_num(index, num),
+            Request::SetVringAddr(addresses) => self.set_vring_addr(addresses),
+            Request::SetVringBase { index, base } => self.set_vring_base(index, base),
+            Request::GetVringBase { index } => self.stop_vring(index),
+            Request::SetVringKick(VringFd { index, fd }) => self.set_vring_kick(index, fd),
+            Request::SetVringCall(VringFd { index, fd }) => self.set_vring_fd(index, fd, Vring::set_call),
+            Request::SetVringErr(VringFd { index, fd }) => self.set_vring_fd(index, fd, Vring::set_error),
+            Request::SetVringEnable { index, enable } => self.enable_vring(index, enable),
+            Request::IotlbMsg(entry) => self.iotlb_message(entry),
+            // The channel is a socket, which the server has taken out of the message.
+            Request::SetBackendReqFd(_) => Ok(None),
+            request @ (Request::SetLogBase { .. }
+            | Request::SetLogFd(_)
+            | Request::SendRarp(_)
+            | Request::NetSetMtu(_)
+            | Request::SetVringEndian { .. }
+            | Request::GetInflightFd(_)
+            | Request::SetInflightFd(..)
+            | Request::VringKick { .. }) => Err(SessionError::NotOffered(request.code())),
+        }
+    }
+
+    /// Whether acknowledgements were negotiated.
+    pub fn acknowledges(&self) -> bool {
+        self.protocol.contains(ProtocolFeatures::REPLY_ACK)
+    }
+
+    /// The way to the front-end.
+    pub(crate) fn backend(&self) -> &Arc<Backend> {
+        &self.backend
+    }
+
+    /// The front-end answered the oldest question that it had not.
+    pub(crate) fn answered(&self, granted: bool) {
+        if let Some(iotlb) = &self.iotlb
+            && let Err(error) = iotlb.answered(granted)
+        {
+            tracing::debug!("{error}");
+        }
+    }
+
+    /// What the connection has come to.
+    pub fn counted(&self) -> Counted {
+        let mut counted = self.past;
+        if let Some(iotlb) = &self.iotlb {
+            counted.add(&iotlb.statistics());
+        }
+        counted
+    }
+
+    fn offered(&self) -> u64 {
+        let rings = bits::VERSION_1 | bits::INDIRECT_DESC | bits::EVENT_IDX | bits::RING_PACKED;
+        self.options.iommu.offers(self.device.features() | rings)
+    }
+
+    fn set_features(&mut self, features: u64) -> Answer {
+        let features_of_driver = features & !F_PROTOCOL_FEATURES;
+        let accepted = self.options.iommu.accept(self.offered(), features_of_driver);
+        let addressing = match accepted {
+            Ok(addressing) => addressing,
+            Err(refusal) => {
+                // Whatever ran before runs on under nothing that was agreed.
+                self.pause_all();
+                self.negotiated = None;
+                return Err(refusal.into());
+            }
+        };
+        let negotiated = Negotiated { features: features_of_driver, addressing };
+        if self.negotiated != Some(negotiated) {
+            self.pause_all();
+            self.negotiated = Some(negotiated);
+            self.renew_iotlb();
+            tracing::debug!(features = format_args!("{features_of_driver:#x}"), ?addressing, "features taken");
+        }
+        if features & F_PROTOCOL_FEATURES == 0 {
+            // Without protocol features there is no SET_VRING_ENABLE: rings start enabled.
+            self.vrings.iter_mut().for_each(|vring| vring.enable = Enable::On);
+        }
+        Ok(None)
+    }
+
+    fn set_protocol_features(&mut self, features: ProtocolFeatures) -> Answer {
+        let unknown = features.bits() & !PROTOCOL_FEATURES.bits();
+        if unknown != 0 {
+            return Err(SessionError::Protocol(unknown));
+        }
+        if self.protocol != features {
+            self.pause_all();
+            self.protocol = features;
+            self.backend.expect_answers(self.acknowledges());
+            self.renew_iotlb();
+        }
+        Ok(None)
+    }
+
+    fn config(&self, offset: u32, size: u32, flags: u32) -> Reply {
+        // What lies beyond the device's fields reads as zero: front-ends ask for all fields that they know of.
+        let config = self.device.config();
+        let data =
+            (offset..offset.saturating_add(size)).map(|at| config.get(at as usize).copied().unwrap_or(0)).collect();
+        Reply::Config { offset, flags, data }
+    }
+
+    fn set_status(&mut self, status: u8) -> Answer {
+        self.status = status;
+        if status == 0 { self.reset() } else { Ok(None) }
+    }
+
+    /// A device reset (§2.4): rings stop, and nothing that they had begun goes on.
+    fn reset(&mut self) -> Answer {
+        self.status = 0;
+        let enable = if self.protocol.is_empty() { Enable::On } else { Enable::Off };
+        for vring in &mut self.vrings {
+            vring.reset();
+            vring.enable = enable;
+        }
+        Ok(None)
+    }
+
+    fn pause_all(&mut self) {
+        self.vrings.iter_mut().for_each(Vring::pause);
+    }
+
+    // Memory.
+
+    fn set_mem_table(&mut self, table: Vec<(Placement, OwnedFd)>) -> Answer {
+        let regions = Regions::new(table)?;
+        self.change_memory(|session| {
+            session.regions = regions;
+            Ok(())
+        })
+    }
+
+    fn add_region(&mut self, placement: Placement, fd: OwnedFd) -> Answer {
+        if self.regions.len() as u64 >= MAX_MEM_SLOTS {
+            return Err(SessionError::Memory(MapError::TooMany { max: MAX_MEM_SLOTS as usize }));
+        }
+        self.change_memory(|session| Ok(session.regions.add(placement, fd)?))
+    }
+
+    fn remove_region(&mut self, placement: Placement) -> Answer {
+        self.change_memory(|session| {
+            session.regions.remove(&placement)?;
+            Ok(())
+        })
+    }
+
+    /// Changes the memory table while nothing touches memory: queues that were running go on afterwards. Translations
+    /// that point into the old table are forgotten; those that are wanted again are asked for again.
+    fn change_memory(&mut self, change: impl FnOnce(&mut Self) -> Result<(), SessionError>) -> Answer {
+        let running: Vec<_> = (0..self.vrings.len()).filter(|&index| self.vrings[index].is_running()).collect();
+        self.pause_all();
+        self.forget_translations();
+        let changed = change(self);
+        self.preload();
+        for index in running {
+            self.start_if_ready(index)?;
+        }
+        changed.map(|()| None)
+    }
+
+    // Translation.
+
+    /// A translation cache for what has been negotiated, once enough has been.
+    fn renew_iotlb(&mut self) {
+        self.forget_translations();
+        self.past = self.counted();
+        self.iotlb = self.negotiated.map(|negotiated| {
+            let unmapped = match negotiated.addressing {
+                Addressing::Physical => Unmapped::Fault,
+                Addressing::Translated => Unmapped::Ask(Arc::clone(&self.backend) as _),
+            };
+            let replies = if self.acknowledges() { Replies::Each } else { Replies::Never };
+            Iotlb::new(unmapped, iotlb::Options { replies, ..Default::default() })
+        });
+        self.preload();
+    }
+
+    fn forget_translations(&self) {
+        if let Some(iotlb) = &self.iotlb {
+            wait(iotlb.clear());
+        }
+    }
+
+    /// Without translation every bus address is guest-physical, and all of the guest's memory is in reach: the same
+    /// table, filled once.
+    fn preload(&self) {
+        if let (Some(iotlb), Some(Negotiated { addressing: Addressing::Physical, .. })) = (&self.iotlb, self.negotiated)
+        {
+            for region in self.regions.iter() {
+                self.map(iotlb, BusAddr(region.gpa().0), region.slice(), Permission::ReadWrite)
+                    .expect("the table has room for every region");
+            }
+        }
+    }
+
+    fn iotlb_message(&mut self, entry: IotlbEntry) -> Answer {
+        let (Some(iotlb), Some(Negotiated { addressing: Addressing::Translated, .. })) = (&self.iotlb, self.negotiated)
+        else {
+            return Err(SessionError::NotTranslated);
+        };
+        match entry {
+            IotlbEntry::Invalidate(Invalidated::Everything) => wait(iotlb.clear()),
+            IotlbEntry::Invalidate(Invalidated::Range { first, last }) => wait(iotlb.invalidate(first, last)),
+            IotlbEntry::Update { iova, size, uaddr, perm } => {
+                let pieces = self.regions.pieces(uaddr, size).ok_or(SessionError::Outside { addr: uaddr, size })?;
+                let mut at = iova;
+                for piece in pieces {
+                    self.map(iotlb, at, piece, perm)?;
+                    at = BusAddr(at.0.wrapping_add(piece.len() as u64));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Puts memory of `self.regions` into the translation cache.
+    fn map(&self, iotlb: &Iotlb, at: BusAddr, piece: HostSlice<'_>, perm: Permission) -> Result<(), Refused> {
+        let last = at.last(piece.len() as u64).expect("a range that was checked whole does not wrap in parts");
+        let start = NonNull::new(piece.as_ptr()).expect("memory is not at address 0");
+        // SAFETY: `piece` is memory of `self.regions`. That stays mapped until the table of regions changes or goes,
+        // which `change_memory` and `drop` do only after `forget_translations` has waited for the fence.
+        let fence = unsafe { iotlb.update(at, last, start, perm) }?;
+        // Nobody asked for silence about what was mapped there before; a front-end that remaps without an INVALIDATE
+        // gets it all the same.
+        wait(fence);
+        Ok(())
+    }
+
+    // Queues.
+
+    fn vring(&mut self, index: u32) -> Result<&mut Vring, SessionError> {
+        let queues = self.vrings.len();
+        self.vrings.get_mut(index as usize).ok_or(SessionError::Queue { index, queues })
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Answer {
+        let max = self.options.queue_size;
+        let size = u16::try_from(num).ok().filter(|size| (1..=max).contains(size));
+        let size = size.ok_or(SessionError::QueueSize { size: num, max })?;
+        let vring = self.vring(index)?;
+        vring.pause();
+        vring.size = size;
+        self.start_if_ready(index as usize)
+    }
+
+    fn set_vring_addr(&mut self, addresses: VringAddr) -> Answer {
+        let vring = self.vring(addresses.index)?;
+        vring.pause();
+        vring.addresses = Some(addresses);
+        self.start_if_ready(addresses.index as usize)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Answer {
+        let vring = self.vring(index)?;
+        vring.pause();
+        vring.set_base(base);
+        self.start_if_ready(index as usize)
+    }
+
+    fn stop_vring(&mut self, index: u32) -> Answer {
+        let base = self.vring(index)?.stop();
+        Ok(Some(Reply::VringBase { index, base }))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<OwnedFd>) -> Answer {
+        let vring = self.vring(index.into())?;
+        vring.pause();
+        vring.set_kick(fd)?;
+        self.start_if_ready(index.into())
+    }
+
+    fn set_vring_fd(
+        &mut self,
+        index: u8,
+        fd: Option<OwnedFd>,
+        set: fn(&mut Vring, Option<OwnedFd>) -> io::Result<()>,
+    ) -> Answer {
+        set(self.vring(index.into())?, fd)?;
+        Ok(None)
+    }
+
+    fn enable_vring(&mut self, index: u32, enable: Enable) -> Answer {
+        let vring = self.vring(index)?;
+        vring.enable = enable;
+        if enable == Enable::Off {
+            vring.pause();
+        }
+        self.start_if_ready(index as usize)
+    }
+
+    /// Starts a queue once its front-end has said everything about it, in whatever order.
+    fn start_if_ready(&mut self, index: usize) -> Answer {
+        let vring = &self.vrings[index];
+        let (true, Some(addresses)) = (vring.is_ready(), vring.addresses) else { return Ok(None) };
+        let (Some(negotiated), Some(iotlb)) = (self.negotiated, &self.iotlb) else {
+            return Err(SessionError::TooEarly {
+                message: FrontendCode::SetVringKick,
+                missing: FrontendCode::SetFeatures.name(),
+            });
+        };
+        if negotiated.addressing == Addressing::Translated && !self.backend.is_connected() {
+            return Err(SessionError::NoChannel);
+        }
+        let layout = vring::layout(vring.size, self.bus_addresses(negotiated.addressing, &addresses)?);
+        let has = |bit: u64| negotiated.features & bit != 0;
+        let with = Start {
+            index: index as u16,
+            device: &self.device,
+            features: negotiated.features,
+            rules: Rules {
+                format: if has(bits::RING_PACKED) { Format::Packed } else { Format::Split },
+                notifications: if has(bits::EVENT_IDX) { Notifications::EventIdx } else { Notifications::Flags },
+                indirect: if has(bits::INDIRECT_DESC) { Indirect::Allowed } else { Indirect::Refused },
+            },
+            layout,
+            iotlb,
+            backend: &self.backend,
+            poll: self.options.poll,
+        };
+        if index == 0 {
+            tracing::info!(
+                addressing = ?negotiated.addressing,
+                features = format_args!("{:#x}", negotiated.features),
+                "the driver's queues run"
+            );
+        }
+        self.vrings[index].start(&with).map_err(|error| SessionError::Start { index, error })?;
+        Ok(None)
+    }
+
+    /// A ring's addresses are bus addresses where the device translates; else they are the front-end's own, and what
+    /// the driver's descriptors hold is guest-physical.
+    fn bus_addresses(&self, addressing: Addressing, ring: &VringAddr) -> Result<[BusAddr; 3], SessionError> {
+        let addresses = [ring.descriptor, ring.available, ring.used];
+        match addressing {
+            Addressing::Translated => Ok(addresses.map(BusAddr)),
+            Addressing::Physical => {
+                let mut bus = [BusAddr(0); 3];
+                for (bus, addr) in bus.iter_mut().zip(addresses.map(FrontendVa)) {
+                    let gpa = self.regions.gpa(addr).ok_or(SessionError::Outside { addr, size: 1 })?;
+                    *bus = BusAddr(gpa.0);
+                }
+                Ok(bus)
+            }
+        }
+    }
+}
+
+/// Waits until no byte moves any more on the strength of what was taken away.
+fn wait(mut fence: Fence) {
+    while let Err(stuck) = fence.wait_for(FENCE_PATIENCE) {
+        tracing::warn!("the guest takes memory away that storage does not let go of: {stuck}; waiting");
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Queues first, so that nothing touches the memory that goes with the session.
+        self.pause_all();
+        self.forget_translations();
+    }
+}

@@ -1,0 +1,195 @@
+use crate::backend::Backend;
+use crate::faults::FaultReport;
+use crate::wire::{Enable, VringAddr};
+use ringfence_device::Device;
+use ringfence_device::queue::{Queue, Stopped};
+use ringfence_device::worker::{Bells, Control, Worker};
+use ringfence_dma::BusAddr;
+use ringfence_iotlb::{Iotlb, Wake};
+use ringfence_ring::{DeviceQueue, Format, Layout, LayoutError, Position, Rules};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// One queue as its front-end set it up, and its thread while it runs.
+pub(crate) struct Vring {
+    pub(crate) size: u16,
+    pub(crate) addresses: Option<VringAddr>,
+    pub(crate) enable: Enable,
+    /// As SET_VRING_BASE said, or where the queue was when it last stopped.
+    base: u32,
+    /// What a stopped queue had begun; good for as long as `base` is where it stopped.
+    stopped: Option<Stopped>,
+    /// The format of the ring when it last ran.
+    format: Format,
+    kick: Kick,
+    call: Option<OwnedFd>,
+    error: Option<OwnedFd>,
+    worker: Option<Worker>,
+}
+
+/// Whether and how the driver rings.
+#[derive(Debug)]
+enum Kick {
+    /// Not said yet: the queue is stopped.
+    Unset,
+    /// By this eventfd.
+    Event(OwnedFd),
+    /// Not at all: look.
+    Poll,
+}
+
+/// What a queue needs from its session in order to run.
+pub(crate) struct Start<'s> {
+    pub(crate) index: u16,
+    pub(crate) device: &'s Arc<dyn Device>,
+    pub(crate) features: u64,
+    pub(crate) rules: Rules,
+    /// The addresses as the ring's memory knows them.
+    pub(crate) layout: Layout,
+    pub(crate) iotlb: &'s Arc<Iotlb>,
+    pub(crate) backend: &'s Arc<Backend>,
+    pub(crate) poll: Duration,
+}
+
+/// Why a queue that has all it needs does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The driver's ring is not one.
+    #[error("the ring that the driver set up is not one: {0}")]
+    Layout(#[from] LayoutError),
+    /// The host is short of something.
+    #[error("can't start: {0}")]
+    Resources(#[from] io::Error),
+}
+
+impl Vring {
+    pub(crate) fn new() -> Self {
+        Self {
+            size: 0,
+            addresses: None,
+            enable: Enable::Off,
+            base: 0,
+            stopped: None,
+            format: Format::Split,
+            kick: Kick::Unset,
+            call: None,
+            error: None,
+            worker: None,
+        }
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.worker.is_some()
+    }
+
+    /// Whether the front-end has said all that the queue needs.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.size > 0
+            && self.addresses.is_some()
+            && self.enable == Enable::On
+            && !matches!(self.kick, Kick::Unset)
+            && self.worker.is_none()
+    }
+
+    /// SET_VRING_BASE. What the queue had begun when it stopped goes on only if it goes on from there.
+    pub(crate) fn set_base(&mut self, base: u32) {
+        if base != self.base {
+            self.stopped = None;
+        }
+        self.base = base;
+    }
+
+    pub(crate) fn set_kick(&mut self, fd: Option<OwnedFd>) -> io::Result<()> {
+        self.kick = match fd {
+            Some(fd) => Kick::Event(non_blocking(fd)?),
+            None => Kick::Poll,
+        };
+        Ok(())
+    }
+
+    pub(crate) fn set_call(&mut self, fd: Option<OwnedFd>) -> io::Result<()> {
+        self.call = fd.map(non_blocking).transpose()?;
+        if let Some(worker) = &self.worker {
+            worker.control().set_call(clone(&self.call)?);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn set_error(&mut self, fd: Option<OwnedFd>) -> io::Result<()> {
+        self.error = fd.map(non_blocking).transpose()?;
+        Ok(())
+    }
+
+    pub(crate) fn start(&mut self, with: &Start<'_>) -> Result<(), StartError> {
+        assert!(self.worker.is_none(), "a queue that runs is stopped before it starts");
+        self.format = with.rules.format;
+        let stopped = match self.stopped.take() {
+            Some(stopped) => stopped,
+            None => Stopped::at(Position::from_vring_base(self.format, self.base)?),
+        };
+        let ring = DeviceQueue::new(with.rules, with.layout, stopped.position)?;
+        let handler = Arc::clone(with.device).open_queue(with.index, self.size, with.features)?;
+        let control = Control::new(clone(&self.call)?)?;
+        let view = with.iotlb.view(Arc::new(Waker(Arc::clone(&control))));
+        let report = Box::new(FaultReport::new(with.index, Arc::clone(with.backend)));
+        let queue = Queue::new(ring, self.size, view, handler, report, stopped);
+        let kick = match &self.kick {
+            Kick::Event(fd) => Some(fd.try_clone()?),
+            Kick::Unset | Kick::Poll => None,
+        };
+        let bells = Bells { kick, error: clone(&self.error)?, poll: with.poll };
+        let name = format!("{}-queue-{}", with.device.name(), with.index);
+        self.worker = Some(Worker::start(&name, queue, control, bells)?);
+        Ok(())
+    }
+
+    /// Stops the queue where it is, when nothing is under way any more; it can go on from there.
+    pub(crate) fn pause(&mut self) {
+        if let Some(worker) = self.worker.take() {
+            let stopped = worker.stop();
+            self.base = stopped.position.vring_base(self.format);
+            self.stopped = Some(stopped);
+        }
+    }
+
+    /// GET_VRING_BASE: the queue stops, and its bells are the front-end's again.
+    pub(crate) fn stop(&mut self) -> u32 {
+        self.pause();
+        self.kick = Kick::Unset;
+        self.call = None;
+        self.base
+    }
+
+    /// The driver gave the device up: nothing is left of what it set up.
+    pub(crate) fn reset(&mut self) {
+        self.stop();
+        *self = Self::new();
+    }
+}
+
+/// Wakes a queue's thread when translations arrive.
+struct Waker(Arc<Control>);
+
+impl Wake for Waker {
+    fn wake(&self) {
+        self.0.tell_news();
+    }
+}
+
+/// A queue's thread rings and hushes without ever waiting, whatever descriptor it was given.
+fn non_blocking(fd: OwnedFd) -> io::Result<OwnedFd> {
+    fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
+    Ok(fd)
+}
+
+fn clone(fd: &Option<OwnedFd>) -> io::Result<Option<OwnedFd>> {
+    fd.as_ref().map(OwnedFd::try_clone).transpose()
+}
+
+/// The three addresses of a ring.
+pub(crate) fn layout(size: u16, [descriptors, driver, device]: [BusAddr; 3]) -> Layout {
+    Layout { size, descriptors, driver, device }
+}

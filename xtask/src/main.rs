@@ -1,0 +1,128 @@
+//! Everything a contributor or CI runs.
+//!
+//! `cargo xtask test` is the whole; `cargo xtask guests` is the slow half of it
+//! alone, one cell or many.
+
+#![forbid(unsafe_code)]
+
+mod bit33;
+mod guests;
+mod no_std;
+mod steps;
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::guests::GuestArgs;
+use crate::steps::{Run, Steps};
+
+/// Everything a contributor or CI runs.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Formatting, lints, no_std builds, documentation, tests, the demo, and real guests.
+    ///
+    /// Logs of all steps are kept in target/xtask; kernels and QEMU in target/guests.
+    Test {
+        /// Go on after a step that failed.
+        #[arg(long)]
+        keep_going: bool,
+        #[command(flatten)]
+        guests: GuestArgs,
+    },
+    /// Real Debian kernels in QEMU with their disk on `ringfence serve blk`.
+    Guests {
+        /// Only name the cells.
+        #[arg(long)]
+        list: bool,
+        #[command(flatten)]
+        guests: GuestArgs,
+    },
+    /// The no_std crates linked into programs that have no std.
+    NoStd,
+    /// Checks that feature bit 33 is named in the policy crate alone.
+    Bit33,
+}
+
+/// The workspace, and where its builds go.
+pub(crate) struct Workspace {
+    pub(crate) root: PathBuf,
+    pub(crate) target: PathBuf,
+}
+
+impl Workspace {
+    fn here() -> Self {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is in the workspace").to_owned();
+        let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |path| root.join(path));
+        Self { root, target }
+    }
+}
+
+fn main() -> ExitCode {
+    match perform(Cli::parse().task) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(reason) => {
+            eprintln!("{reason}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Whether every step succeeded; an error where what was asked makes no sense.
+fn perform(task: Task) -> Result<bool, String> {
+    let workspace = &Workspace::here();
+    Ok(match task {
+        Task::Test { keep_going, guests } => {
+            // A word that fits no cell is worth knowing before ten minutes have passed.
+            guests.cells()?;
+            run(workspace, keep_going, |steps| test(workspace, steps, &guests))
+        }
+        Task::Guests { list: true, guests } => {
+            guests.cells()?.iter().for_each(|cell| println!("{}", cell.name()));
+            true
+        }
+        Task::Guests { list: false, guests } => {
+            guests.cells()?;
+            run(workspace, false, |steps| boots(workspace, steps, &guests))
+        }
+        Task::NoStd => run(workspace, false, |steps| steps.step("no_std builds", |log| no_std::run(workspace, log))),
+        Task::Bit33 => run(workspace, false, |steps| steps.step("bit 33", |_| bit33::run(workspace))),
+    })
+}
+
+fn run(workspace: &Workspace, keep_going: bool, steps: impl FnOnce(&mut Steps) -> Run) -> bool {
+    let mut all = Steps::new(workspace, keep_going);
+    // A step that stops the run has told why, and is counted.
+    let _ = steps(&mut all);
+    all.summary()
+}
+
+/// Cheap steps first: who broke the formatting need not wait for a guest to learn it.
+fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
+    const DENY: &str = "-D warnings";
+    steps.cargo("formatting", &["fmt", "--all", "--", "--check"], &[])?;
+    steps.step("bit 33 is named in policy alone", |_| bit33::run(workspace))?;
+    steps.cargo("lints", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
+    steps.step("no_std builds", |log| no_std::run(workspace, log))?;
+    steps.cargo("documentation", &["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", DENY)])?;
+    steps.cargo("tests", &["test", "--workspace"], &[])?;
+    steps.cargo("demo", &["run", "--release", "-p", "ringfence", "--", "demo"], &[])?;
+    boots(workspace, steps, guests)
+}
+
+fn boots(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
+    if guests.needs_our_server() {
+        steps.cargo("the server", &["build", "--release", "-p", "ringfence"], &[])?;
+    }
+    steps.step("real guests", |log| guests::run(workspace, guests, log))
+}
