@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::Workspace;
-use crate::steps::StepResult;
+use crate::steps::{Pass, StepResult};
 
 /// The crate that may name it.
 const POLICY: &str = "policy";
@@ -24,7 +24,7 @@ pub(crate) fn run(workspace: &Workspace) -> StepResult {
         found.extend(namings(&text).into_iter().map(|(line, what)| format!("{shown}:{line} names {what}")));
     }
     match found.is_empty() {
-        true => Ok(format!("{scanned} files")),
+        true => Ok(Pass::Whole(format!("{scanned} files"))),
         false => Err(format!(
             "bit 33 belongs to crates/{POLICY}; take an Addressing from there instead:\n        {}",
             found.join("\n        ")

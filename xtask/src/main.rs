@@ -116,6 +116,13 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     steps.step("no_std builds", |log| no_std::run(workspace, log))?;
     steps.cargo("documentation", &["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", DENY)])?;
     steps.cargo("tests", &["test", "--workspace"], &[])?;
+    let loom = workspace.target.join("loom").display().to_string();
+    steps.cargo(
+        "every order of events",
+        &["test", "--release", "-p", "ringfence-iotlb", "--test", "loom"],
+        // Other flags in the same folder would build everything anew, twice.
+        &[("RUSTFLAGS", "--cfg loom"), ("CARGO_TARGET_DIR", &loom)],
+    )?;
     steps.cargo("demo", &["run", "--release", "-p", "ringfence", "--", "demo"], &[])?;
     boots(workspace, steps, guests)
 }

@@ -16,8 +16,16 @@ pub(crate) type Run = ControlFlow<()>;
 /// How many lines of a failed step's log are shown.
 const SHOWN: usize = 60;
 
-/// What a step that succeeded has to say, or why it failed.
-pub(crate) type StepResult = Result<String, String>;
+/// How a step ended, or why it failed.
+pub(crate) type StepResult = Result<Pass, String>;
+
+/// A step that did not fail, with what it has to say.
+pub(crate) enum Pass {
+    /// It did all it is for.
+    Whole(String),
+    /// It could not do what it is for, and said so.
+    Skipped(String),
+}
 
 /// Where a step writes what only a failure needs.
 pub(crate) struct Log {
@@ -59,7 +67,7 @@ impl Log {
 struct Done {
     name: String,
     time: Duration,
-    failed: bool,
+    word: &'static str,
 }
 
 /// The steps so far.
@@ -83,7 +91,7 @@ impl Steps {
         command.args(arguments).envs(environment.iter().copied());
         self.step(name, |log| {
             log.run(&mut command)?;
-            Ok(tests_in(&log.path).map_or_else(String::new, |count| format!("{count} passed")))
+            Ok(Pass::Whole(tests_in(&log.path).map_or_else(String::new, |count| format!("{count} passed"))))
         })
     }
 
@@ -95,31 +103,46 @@ impl Steps {
         let path = self.logs.join(format!("{number:02}-{}.log", name.replace(' ', "-")));
         let result = open(&path).and_then(|mut log| work(&mut log));
         let time = started.elapsed();
-        match &result {
-            Ok(told) if told.is_empty() => say(&format!("    ok, {}", Seconds(time))),
-            Ok(told) => say(&format!("    ok, {}: {told}", Seconds(time))),
+        let word = match &result {
+            Ok(Pass::Whole(told)) => {
+                let told = if told.is_empty() { String::new() } else { format!(": {told}") };
+                say(&format!("    ok, {}{told}", Seconds(time)));
+                "ok"
+            }
+            Ok(Pass::Skipped(told)) => {
+                say(&format!("    SKIPPED: {told}"));
+                "SKIPPED"
+            }
             Err(reason) => {
                 say(&shown(&path));
                 say(&format!("    FAILED, {}: step '{name}': {reason}", Seconds(time)));
                 say(&format!("    log: {}", path.display()));
+                "FAILED"
             }
-        }
-        self.done.push(Done { name: name.to_owned(), time, failed: result.is_err() });
+        };
+        self.done.push(Done { name: name.to_owned(), time, word });
         if result.is_err() && !self.keep_going { Run::Break(()) } else { Run::Continue(()) }
     }
 
     /// Prints what became of each step; true if none failed.
     pub(crate) fn summary(&self) -> bool {
-        let failed: Vec<&str> = self.done.iter().filter(|step| step.failed).map(|step| step.name.as_str()).collect();
         say("");
-        for step in &self.done {
-            let word = if step.failed { "FAILED" } else { "ok" };
-            say(&format!("{word:>8}  {:>9}  {}", Seconds(step.time).to_string(), step.name));
+        for Done { name, time, word } in &self.done {
+            say(&format!("{word:>9}  {:>9}  {name}", Seconds(*time).to_string()));
         }
+        let those = |wanted: &str| {
+            let names: Vec<_> =
+                self.done.iter().filter(|step| step.word == wanted).map(|step| step.name.as_str()).collect();
+            names.join(", ")
+        };
+        let (failed, skipped) = (those("FAILED"), those("SKIPPED"));
         let total = Seconds(self.started.elapsed());
-        match failed.is_empty() {
-            true => say(&format!("All {} steps succeeded in {total}.", self.done.len())),
-            false => say(&format!("Failed after {total}: {}. Logs: {}", failed.join(", "), self.logs.display())),
+        if !failed.is_empty() {
+            say(&format!("Failed after {total}: {failed}. Logs: {}", self.logs.display()));
+        } else if !skipped.is_empty() {
+            say(&format!("Nothing failed in {total}, but SKIPPED, so not tested: {skipped}."));
+        } else {
+            say(&format!("Every step succeeded in {total}."));
         }
         failed.is_empty()
     }
@@ -196,7 +219,7 @@ mod tests {
         let workspace = Workspace { root: folder.path().to_owned(), target: folder.path().to_owned() };
         for (keep_going, expected) in [(false, Run::Break(())), (true, Run::Continue(()))] {
             let mut steps = Steps::new(&workspace, keep_going);
-            assert_eq!(steps.step("good one", |_| Ok(String::new())), Run::Continue(()));
+            assert_eq!(steps.step("good one", |_| Ok(Pass::Whole(String::new()))), Run::Continue(()));
             assert_eq!(steps.step("bad one", |_| Err("why".to_owned())), expected);
             assert!(!steps.summary());
             assert!(folder.path().join("xtask/02-bad-one.log").exists());

@@ -294,7 +294,7 @@ impl BlkQueue {
     fn inside(&self, offset: Option<u64>, len: u64) -> Result<u64, Status> {
         let offset = offset.ok_or(Status::IoError)?;
         let end = offset.checked_add(len).ok_or(Status::IoError)?;
-        if len % SECTOR == 0 && end <= self.capacity { Ok(offset) } else { Err(Status::IoError) }
+        if len.is_multiple_of(SECTOR) && end <= self.capacity { Ok(offset) } else { Err(Status::IoError) }
     }
 
     fn writable(&self) -> Result<(), Status> {
@@ -304,6 +304,10 @@ impl BlkQueue {
     /// The one segment of a discard or write-zeroes request: `max_*_seg` is 1.
     fn segment(&self, request: &Request<'_>) -> Result<(u64, u64, u32), Status> {
         self.writable()?;
+        if self.durability == Durability::Durable {
+            // What storage erases is durable after a flush, which this driver can't ask for.
+            return Err(Status::Unsupported);
+        }
         let mut segment = Segment { sector: 0.into(), num_sectors: 0.into(), flags: 0.into() };
         if request.readable.len() != HEADER + SEGMENT || !request.readable.read(HEADER, segment.as_mut_bytes()) {
             return Err(Status::IoError);

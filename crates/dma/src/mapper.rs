@@ -15,6 +15,49 @@ use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 /// To be implemented by a platform and called through [`Streaming`] and [`Coherent`], which hand back to it exactly
 /// what it handed out, once. What it guards against is the device: after [`unmap`](Self::unmap) has returned, nothing
 /// that the device does reaches the memory.
+///
+/// The least that a platform without an IOMMU writes:
+///
+/// ```
+/// use ringfence_dma::{Buffer, BusAddr, Coherent, DmaError, Gpa, HostSlice, Mapped, Mapper, Permission, Pool, Ram};
+///
+/// /// A device that sees all of memory, 2 GiB further up.
+/// struct Shifted<'m> {
+///     rings: Pool<'m>,
+/// }
+///
+/// const SHIFT: u64 = 2 << 30;
+///
+/// impl Mapper for Shifted<'_> {
+///     fn max_len(&self) -> usize {
+///         usize::MAX
+///     }
+///
+///     fn map(&self, buffer: Buffer<'_>, _: Permission) -> Result<Mapped, DmaError> {
+///         let physical = buffer.physical();
+///         let addr = physical.0.checked_add(SHIFT).ok_or(DmaError::Unreachable { physical })?;
+///         Ok(Mapped { addr: BusAddr(addr), len: buffer.len(), cookie: 0 })
+///     }
+///
+///     fn unmap(&self, _: Mapped, _: Buffer<'_>, _: Permission) {}
+///
+///     fn allocate(&self, len: usize) -> Result<(Mapped, HostSlice<'_>), DmaError> {
+///         let cookie = self.rings.take(len)?;
+///         let buffer = self.rings.buffer().sub(cookie, len);
+///         Ok((Mapped { cookie, ..self.map(buffer, Permission::ReadWrite)? }, buffer.memory()))
+///     }
+///
+///     fn free(&self, mapped: Mapped) {
+///         self.rings.give_back(mapped.cookie, mapped.len);
+///     }
+/// }
+///
+/// let ram = Ram::new(0x10000);
+/// let mapper = Shifted { rings: Pool::new(Buffer::new(ram.slice(0x1000, 0x4000), Gpa(0x1000)), 4096) };
+/// let ring = Coherent::allocate(&mapper, 100)?;
+/// assert_eq!(ring.addr(), BusAddr(SHIFT + 0x1000));
+/// # Ok::<(), DmaError>(())
+/// ```
 pub trait Mapper {
     /// The longest mapping, in bytes; not 0. Longer ones are turned down before [`map`](Self::map) is called.
     fn max_len(&self) -> usize;

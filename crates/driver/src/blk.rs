@@ -273,6 +273,9 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     ///
     /// # Errors
     /// Those of [`start`](crate::start()), and [`StartError::Config`] for a disk that can't be as it says.
+    ///
+    /// # Panics
+    /// Where [`Options::depth`] is no power of two.
     pub fn start(transport: T, host: Host<'a, M>, options: Options) -> Result<Self, StartError<T::Error>> {
         let wants = Wants { device: BLOCK_DEVICE, features: FEATURES, queues: 1, depth: options.depth };
         let (device, (geometry, said)) = start(transport, host, wants, read_config)?;
@@ -286,16 +289,18 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
             Indirect::Allowed => Record::DESCRIPTOR * (usize::from(limits.segments) + 2),
             Indirect::Refused => 0,
         };
-        let records = Pieces::allocate(device.mapper, depth, Record::LEN + table)?;
+        // As many as the ring takes, and the one that is kept for who waits; see `submit`.
+        let count = depth + 1;
+        let records = Pieces::allocate(device.mapper, count, Record::LEN + table)?;
         Ok(Self {
             device,
             geometry,
             limits,
-            slots: (0..depth).map(|_| Slot::new(limits.segments)).collect(),
-            free: (0..depth).rev().collect(),
+            slots: (0..count).map(|_| Slot::new(limits.segments)).collect(),
+            free: (0..count).rev().collect(),
             by_token: alloc::vec![0; depth.into()],
             records,
-            finished: VecDeque::with_capacity(depth.into()),
+            finished: VecDeque::with_capacity(count.into()),
             chain: Vec::with_capacity(usize::from(limits.segments) + 2),
         })
     }
@@ -375,6 +380,14 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     /// # Errors
     /// Any [`BlkError`] but [`BlkError::Failed`]; nothing was put on its way then.
     pub fn submit(&mut self, request: Request<'_, 'a>) -> Result<RequestId, BlkError<T::Error>> {
+        // Completions that nobody polls keep their slots. One slot is left for who waits, and does not poll others'.
+        match self.free.len() {
+            0 | 1 => self.usable().and(Err(BlkError::Busy)),
+            _ => self.put(request),
+        }
+    }
+
+    fn put(&mut self, request: Request<'_, 'a>) -> Result<RequestId, BlkError<T::Error>> {
         self.usable()?;
         self.check(&request)?;
         let slot = *self.free.last().ok_or(BlkError::Busy)?;
@@ -440,7 +453,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
 
     fn wait_for(&mut self, request: Request<'_, 'a>) -> Result<Answer, BlkError<T::Error>> {
         let id = loop {
-            match self.submit(request) {
+            match self.put(request) {
                 Ok(id) => break id,
                 // What is under way may have to end before there is room. Nothing ends that nobody polls.
                 Err(error) if self.is_temporary(&error) => {

@@ -7,6 +7,31 @@
 //! The device is a stranger. What it answers is checked and named when wrong, and never indexes anything; what it was
 //! lent stays lent until it is done with it or has been reset.
 //!
+//! ```
+//! use ringfence_dma::{Buffer, Mapper};
+//! use ringfence_driver::blk::{Blk, Options};
+//! use ringfence_driver::policy::{DriverPolicy, Platform};
+//! use ringfence_driver::{Host, Transport};
+//!
+//! /// Copies the first sector to the second, through whatever stands between this disk and memory.
+//! fn copy_sector<'a, T: Transport<Error: 'static>>(
+//!     transport: T,
+//!     dma_api: &'a dyn Mapper,
+//!     sector: Buffer<'a>,
+//! ) -> Result<(), Box<dyn core::error::Error>> {
+//!     let host = Host {
+//!         platform: Platform::X86Iommu,
+//!         policy: DriverPolicy::Refusing { allowed: &[] },
+//!         physical: None,
+//!         translated: Some(dma_api),
+//!     };
+//!     let mut disk = Blk::start(transport, host, Options::default())?;
+//!     disk.read(0, &[sector])?;
+//!     disk.write(1, &[sector])?;
+//!     Ok(disk.flush()?)
+//! }
+//! ```
+//!
 //! To add a driver, write one file as [`blk`] is; to add a transport, implement [`Transport`].
 
 #![no_std]

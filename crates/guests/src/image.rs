@@ -15,6 +15,7 @@ const MIB: usize = 1 << 20;
 #[derive(Debug)]
 pub struct Image {
     path: PathBuf,
+    content: Vec<u8>,
     initial: String,
     expected: String,
 }
@@ -23,11 +24,13 @@ impl Image {
     /// Writes an image whose content depends on `seed`, so that two guests that
     /// are given each other's disk do not go unnoticed.
     pub fn create(path: &Path, seed: u64) -> Result<Self, Error> {
-        let mut content = noise(seed);
+        let content = noise(seed);
         fs::write(path, &content).map_err(Error::file("cannot write", path))?;
-        let initial = hex(&content);
-        copy_down(&mut content);
-        Ok(Self { path: path.to_owned(), initial, expected: hex(&content) })
+        let (first, second) = content.split_at(SIZE / 2);
+        let hasher = Sha256::new().chain_update(first);
+        let initial = hex(hasher.clone().chain_update(second));
+        let expected = hex(hasher.chain_update(copied_down(first)));
+        Ok(Self { path: path.to_owned(), content, initial, expected })
     }
 
     /// The file.
@@ -40,47 +43,51 @@ impl Image {
         &self.initial
     }
 
-    /// SHA-256 of the image after the guest wrote to it, worked out here.
+    /// SHA-256 of the whole disk after the guest wrote to it, worked out here.
     pub fn expected(&self) -> &str {
         &self.expected
     }
 
-    /// SHA-256 of what the file holds now.
-    pub fn current(&self) -> Result<String, Error> {
-        digest(&self.path)
+    /// Whether the file holds what it held at first.
+    pub fn is_untouched(&self) -> Result<bool, Error> {
+        Ok(self.now()? == self.content)
+    }
+
+    /// Whether the file holds what the guest had to write, and around it what was there.
+    pub fn is_as_expected(&self) -> Result<bool, Error> {
+        let now = self.now()?;
+        let first = &self.content[..SIZE / 2];
+        Ok(now.len() == SIZE && now.starts_with(first) && now[SIZE / 2..] == copied_down(first))
+    }
+
+    fn now(&self) -> Result<Vec<u8>, Error> {
+        fs::read(&self.path).map_err(Error::file("cannot read", &self.path))
     }
 }
 
-/// SHA-256 of a file, in hexadecimal.
-pub fn digest(path: &Path) -> Result<String, Error> {
-    Ok(hex(&fs::read(path).map_err(Error::file("cannot read", path))?))
+/// What the init script writes: the first half moved down by a MiB, with the MiB
+/// that falls off at the end.
+fn copied_down(first: &[u8]) -> Vec<u8> {
+    [&first[MIB..], &first[..MIB]].concat()
 }
 
-/// What the init script does: the second half becomes the first, moved down by
-/// a MiB, with the MiB that falls off at the end.
-fn copy_down(content: &mut [u8]) {
-    let (first, second) = content.split_at_mut(SIZE / 2);
-    second.copy_from_slice(first);
-    second.rotate_left(MIB);
-}
-
-/// Bytes of a 64-bit xorshift generator. Every 4 KiB begin with the block's
+/// Words of a 64-bit xorshift generator. Every 4 KiB begin with the block's
 /// number, which leaves no two blocks alike.
 fn noise(seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(SIZE);
-    while bytes.len() < SIZE {
+    let mut bytes = vec![0; SIZE];
+    for (index, place) in bytes.chunks_exact_mut(8).enumerate() {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        let word = if bytes.len() % 4096 == 0 { (bytes.len() / 4096) as u64 } else { state };
-        bytes.extend_from_slice(&word.to_le_bytes());
+        let word = if index % 512 == 0 { (index / 512) as u64 } else { state };
+        place.copy_from_slice(&word.to_le_bytes());
     }
     bytes
 }
 
-fn hex(content: &[u8]) -> String {
-    Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect()
+fn hex(hasher: Sha256) -> String {
+    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]
@@ -91,23 +98,25 @@ mod tests {
     fn an_image_is_its_seed_and_then_its_first_half_twice() {
         let folder = tempfile::tempdir().unwrap();
         let image = Image::create(&folder.path().join("disk"), 1).unwrap();
-        assert_eq!(image.current().unwrap(), image.initial());
+        assert!(image.is_untouched().unwrap() && !image.is_as_expected().unwrap());
 
         let before = fs::read(image.path()).unwrap();
+        assert_eq!(hex(Sha256::new().chain_update(&before)), image.initial());
         let mut after = before.clone();
-        copy_down(&mut after);
-        assert_eq!(after[..SIZE / 2], before[..SIZE / 2]);
-        assert_eq!(after[SIZE / 2..SIZE - MIB], before[MIB..SIZE / 2]);
-        assert_eq!(after[SIZE - MIB..], before[..MIB]);
-        fs::write(image.path(), after).unwrap();
-        assert_eq!(image.current().unwrap(), image.expected());
+        after.copy_within(MIB..SIZE / 2, SIZE / 2);
+        after.copy_within(..MIB, SIZE - MIB);
+        fs::write(image.path(), &after).unwrap();
+        assert!(image.is_as_expected().unwrap() && !image.is_untouched().unwrap());
+        assert_eq!(hex(Sha256::new().chain_update(&after)), image.expected());
 
-        let other = Image::create(&folder.path().join("other"), 2).unwrap();
-        assert_ne!(other.initial(), image.initial());
+        after[SIZE - 1] ^= 1;
+        fs::write(image.path(), &after).unwrap();
+        assert!(!image.is_as_expected().unwrap(), "one bit off");
     }
 
     #[test]
     fn a_digest_is_sha256() {
-        assert_eq!(hex(b"abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        let digest = hex(Sha256::new().chain_update(b"abc"));
+        assert_eq!(digest, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
     }
 }

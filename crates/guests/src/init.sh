@@ -33,10 +33,12 @@ tell kernel "$(uname -r)"
 # A driver that gave up has set FAILED, 0x80. Else 20 s: an emulated CPU on a busy
 # machine is slow, and a back-end that refuses leaves no other trace than silence.
 failed() { [ -e /run/loaded ] && grep -q '0x000000[89a-f].' /sys/bus/virtio/devices/*/status; }
-tries=0
-until [ -e /run/ready ] || [ $tries -ge 200 ] || failed; do
+uptime() { read -r now _ </proc/uptime && now=${now%.*}; }
+uptime
+deadline=$((now + 20))
+until [ -e /run/ready ] || [ "$now" -ge $deadline ] || failed; do
     sleep 0.1
-    tries=$((tries + 1))
+    uptime
 done
 
 for device in /sys/bus/virtio/devices/*; do

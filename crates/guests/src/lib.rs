@@ -46,7 +46,7 @@ pub use boot::{Boot, Disk, End, Outcome, VirtioFlag};
 pub use cache::Cache;
 pub use console::{DiskState, Features, Guest};
 pub use error::Error;
-pub use image::{Image, digest};
+pub use image::Image;
 pub use initramfs::Initramfs;
 pub use kernel::Kernel;
 pub use packages::{Arch, Suite};

@@ -413,7 +413,6 @@ mod tests {
     use super::*;
     use Permission::{ReadOnly, ReadWrite, WriteOnly};
     use alloc::sync::Arc;
-    use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     extern crate std;
 
     fn small(pages: u64) -> Window {
@@ -568,29 +567,31 @@ mod tests {
         let domain = Domain::default();
         let addr = domain.map(Gpa(0), PAGE, ReadOnly).unwrap();
         let visit = domain.enter();
-        let (step, done) = (AtomicU64::new(0), AtomicBool::new(false));
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                domain.unmap(addr, PAGE).unwrap();
-                assert_eq!(step.load(Ordering::SeqCst), 2, "unmapped while in use");
-                done.store(true, Ordering::SeqCst);
+            let unmapper = scope.spawn(|| domain.unmap(addr, PAGE).unwrap());
+            let gone = (0..1_000_000).any(|_| {
+                std::thread::yield_now();
+                domain.lookup(addr).is_none()
             });
-            let later = loop {
-                if domain.lookup(addr).is_none() {
-                    break domain.enter();
-                }
-            };
+            if !gone {
+                domain.leave(visit);
+                panic!("found while it is being taken away");
+            }
+            let later = domain.enter();
             let holder = domain.holder();
             domain.hold(holder, &[(BusAddr(addr.0 + 100), 1)]);
+            let still_waits = || {
+                for _ in 0..100 {
+                    std::thread::yield_now();
+                    assert!(!unmapper.is_finished());
+                }
+            };
+            still_waits();
             domain.leave(visit);
-            for _ in 0..100 {
-                std::thread::yield_now();
-                assert!(!done.load(Ordering::SeqCst));
-            }
-            step.store(2, Ordering::SeqCst);
+            still_waits();
             domain.release(holder);
             // `later` began when the mapping was gone already: it is not waited for.
-            while !done.load(Ordering::SeqCst) {
+            while !unmapper.is_finished() {
                 std::thread::yield_now();
             }
             domain.leave(later);

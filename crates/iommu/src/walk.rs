@@ -86,6 +86,8 @@ mod tests {
     use super::*;
     use crate::dma::{Gpa, Permission, Ram, copy_from_bus, copy_to_bus};
     use crate::{Mapping, Window};
+    use core::sync::atomic::{AtomicU64, Ordering};
+    extern crate std;
 
     const PAGE: u64 = 4096;
 
@@ -143,5 +145,67 @@ mod tests {
         drop(lease);
         // With either still open this would not return.
         domain.unmap(addr, PAGE).unwrap();
+    }
+
+    /// A device that writes all the time, through whatever address it was last told, from its own thread: once `unmap`
+    /// has returned, not a byte changes.
+    #[test]
+    fn after_unmap_there_is_silence() {
+        const ROUNDS: usize = 500;
+        let ram = Ram::new(PAGE as usize);
+        let domain = Arc::new(Domain::default());
+        let told = AtomicU64::new(0);
+        let written = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut walk = Walk::new(domain.clone(), &ram);
+                let mut turn = 0_u8;
+                loop {
+                    let addr = match told.load(Ordering::Relaxed) {
+                        u64::MAX => break,
+                        addr => BusAddr(addr),
+                    };
+                    turn = turn.wrapping_add(1);
+                    let visit = walk.visit();
+                    let Ok(slice) = visit.resolve(addr, 64, Access::Write, None) else {
+                        drop(visit);
+                        std::thread::yield_now();
+                        continue;
+                    };
+                    let (slice, lease) = (slice.detach(), visit.lease(&[(addr, 64)]));
+                    drop(visit);
+                    // SAFETY: the lease is held until the line after.
+                    unsafe { slice.attach() }.fill(turn | 1);
+                    drop(lease);
+                    written.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+            let _end = EndOf(&told);
+            for _ in 0..ROUNDS {
+                let addr = domain.map(Gpa(0), PAGE, Permission::WriteOnly).unwrap();
+                let before = written.load(Ordering::Relaxed);
+                told.store(addr.0, Ordering::Relaxed);
+                while written.load(Ordering::Relaxed) == before {
+                    std::thread::yield_now();
+                }
+                domain.unmap(addr, PAGE).unwrap();
+                ram.slice(0, 64).fill(0);
+                for _ in 0..20 {
+                    let mut bytes = [1; 64];
+                    ram.slice(0, 64).read(0, &mut bytes);
+                    assert_eq!(bytes, [0; 64]);
+                }
+            }
+        });
+        assert!(domain.faults().total > 0, "the device never came too late, so this showed nothing");
+    }
+
+    /// Ends the device's thread, also when the test fails.
+    struct EndOf<'t>(&'t AtomicU64);
+
+    impl Drop for EndOf<'_> {
+        fn drop(&mut self) {
+            self.0.store(u64::MAX, Ordering::Relaxed);
+        }
     }
 }

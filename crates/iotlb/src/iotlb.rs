@@ -1,6 +1,6 @@
 use crate::fence::Fence;
 use crate::questions::{News, Questions};
-use crate::sync::{AtomicU64, Mutex, MutexGuard, fence, lock};
+use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, fence, lock};
 use crate::table::{Met, Retired, Table, Translation, Writer};
 use crate::view::{Seat, View};
 use ringfence_dma::{Access, BusAddr, Permission};
@@ -169,6 +169,9 @@ struct Grace {
 
 pub(crate) struct Asking {
     ask: Arc<dyn Ask>,
+    /// Whether an update can matter to the questions: nothing is open and nothing refused else. Changed under their
+    /// lock, and looked at without it.
+    pub(crate) busy: AtomicBool,
     pub(crate) questions: Mutex<Questions>,
     /// Held while questions are put into the order of their replies and passed on in that order. Holds the list.
     order: Mutex<Vec<Question>>,
@@ -197,6 +200,7 @@ impl Iotlb {
                 Unmapped::Fault => None,
                 Unmapped::Ask(ask) => Some(Asking {
                     ask,
+                    busy: AtomicBool::new(false),
                     questions: Mutex::new(Questions::new(options.replies)),
                     order: Mutex::new(Vec::new()),
                 }),
@@ -233,18 +237,26 @@ impl Iotlb {
         let mapping = Translation { first: first.0, last: last.0, host, permission };
         let met = self.table.insert(&mut books.table, mapping);
         books.seen.updates += 1;
-        let fence = if met == Met::Different {
+        let replaced = if met == Met::Different {
             books.seen.remaps += 1;
             self.removed(&books, first, last)
         } else {
             Fence::nothing(first, last)
         };
         if let Some(asking) = &self.asking {
-            // The mapping is in the table before this lock is taken; see `View::miss`, which looks again under it.
-            let news = lock(&asking.questions).updated(first.0, last.0, permission);
-            self.tell(books, news);
+            // Orders the mapping's store, above, before the look at `busy`, below; in pair with the fence in
+            // `View::miss`, which orders the store of `busy` before its second look for the mapping. So either the
+            // question is seen here, or it finds its answer there.
+            fence(SeqCst);
+            if asking.busy.load(Relaxed) {
+                let mut questions = lock(&asking.questions);
+                let news = questions.updated(first.0, last.0, permission);
+                asking.busy.store(!questions.is_idle(), Relaxed);
+                drop(questions);
+                self.tell(books, news);
+            }
         }
-        Ok(fence)
+        Ok(replaced)
     }
 
     /// Removes every mapping that overlaps `first..=last`. They are gone from every view's next visit on; whether
@@ -261,6 +273,20 @@ impl Iotlb {
         books.seen.invalidations += 1;
         // Even where nothing was found: it may have been evicted and still be in use.
         self.removed(&books, first, last)
+    }
+
+    /// Takes `ranges` out of the table without a fence, for whoever keeps no translation beyond the request that asked
+    /// for it: the next request asks anew. Whatever overlaps them goes, other requests' included; those that have a
+    /// lease keep it.
+    pub fn forget(&self, ranges: &[(BusAddr, u32)]) {
+        let mut books = lock(&self.writer);
+        self.collect(&mut books);
+        for &(addr, len) in ranges {
+            if let Some(more) = len.checked_sub(1) {
+                self.table.remove(&mut books.table, addr.0, addr.0.saturating_add(more.into()));
+            }
+        }
+        self.start_generation();
     }
 
     /// Removes everything. Its fence waits for all visits and all leases.

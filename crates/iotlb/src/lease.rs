@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 /// How many leases one view may have at once: twice the longest queue. One more is our own leak, and panics.
 pub const LEASES: usize = CHUNK * CHUNKS;
 
-const CHUNK: usize = if cfg!(loom) { 2 } else { 64 };
+const CHUNK: usize = if cfg!(loom) { 1 } else { 64 };
 const CHUNKS: usize = if cfg!(loom) { 2 } else { 1024 };
 /// More ranges than this are widened, so that a fence waits for a little more than it must.
 const RANGES: usize = if cfg!(loom) { 1 } else { 7 };

@@ -237,6 +237,11 @@ impl Questions {
         news
     }
 
+    /// Whether an UPDATE could change nothing here.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.open.iter().all(BTreeMap::is_empty) && self.refusals.iter().all(BTreeMap::is_empty)
+    }
+
     /// An UPDATE came for an open question, without the permission.
     fn lacks(&mut self, access: Access, page: u64) {
         let Some(open) = self.open[of(access)].get_mut(&page) else { return };
@@ -312,5 +317,344 @@ fn granule(first: u64, last: u64) -> u64 {
     match (last - first).checked_add(1) {
         Some(len) if len.is_power_of_two() && first.is_multiple_of(len) => len.clamp(PAGE, LARGEST_GRANULE),
         _ => PAGE,
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use Access::{Read, Write};
+    use Permission::{ReadOnly, ReadWrite, WriteOnly};
+
+    /// The questions, a table of one mapping, and a clock that only moves when told.
+    struct Script {
+        questions: Questions,
+        mapped: Option<(u64, u64, Permission)>,
+        now: Instant,
+        asked: Vec<Question>,
+    }
+
+    impl Script {
+        fn new(replies: Replies) -> Script {
+            Script { questions: Questions::new(replies), mapped: None, now: Instant::now(), asked: Vec::new() }
+        }
+
+        /// A try in a visit of its own; its question, if any, is passed on.
+        fn look(&mut self, addr: u64, access: Access, asked: Option<Ticket>) -> Result<Miss, FaultReason> {
+            let now = self.now;
+            match self.questions.miss(BusAddr(addr), access, asked, || now) {
+                Verdict::Wait { miss, question, .. } => {
+                    self.questions.ask(question.into_iter(), &mut self.asked);
+                    Ok(miss)
+                }
+                Verdict::Refused(reason) => Err(reason),
+            }
+        }
+
+        fn first_look(&mut self, addr: u64, access: Access) -> Ticket {
+            self.look(addr, access, None).expect("nobody is refused without having waited").ticket
+        }
+
+        fn update(&mut self, first: u64, last: u64, permission: Permission) -> News {
+            self.mapped = Some((first, last, permission));
+            self.questions.updated(first, last, permission)
+        }
+
+        fn reply(&mut self, granted: bool) -> Option<News> {
+            let (mapped, now) = (self.mapped, self.now);
+            let permission = |at: u64| match mapped {
+                Some((first, last, permission)) if (first..=last).contains(&at) => Some(permission),
+                _ => None,
+            };
+            self.questions.answered(granted, permission, || now)
+        }
+
+        /// How many questions were passed on since the last call.
+        fn asked(&mut self) -> usize {
+            std::mem::take(&mut self.asked).len()
+        }
+
+        fn is_idle(&self) -> bool {
+            self.questions.open.iter().all(BTreeMap::is_empty) && self.questions.unanswered.is_empty()
+        }
+    }
+
+    const ALL: (u64, u64) = (0x5000, 0x5fff);
+
+    #[test]
+    fn one_question_a_page_and_access() {
+        let mut script = Script::new(Replies::Each);
+        script.first_look(0x5010, Read);
+        script.first_look(0x5ff0, Read);
+        assert_eq!(script.asked, [Question { addr: BusAddr(0x5010), access: Read }]);
+        script.first_look(0x5010, Write);
+        script.first_look(0x6000, Read);
+        assert_eq!(script.asked(), 3);
+        assert_eq!(script.look(0x5010, Read, None).unwrap().covers, 0xff0);
+        assert_eq!(script.look(u64::MAX, Read, None).unwrap().covers, 1);
+    }
+
+    #[test]
+    fn an_update_with_the_access_resolves() {
+        for (permission, access, resolves) in [
+            (ReadOnly, Read, true),
+            (ReadOnly, Write, false),
+            (WriteOnly, Write, true),
+            (WriteOnly, Read, false),
+            (ReadWrite, Read, true),
+            (ReadWrite, Write, true),
+        ] {
+            let mut script = Script::new(Replies::Each);
+            script.first_look(0x5010, access);
+            assert_eq!(script.update(ALL.0, ALL.1, permission), News::Some);
+            assert_eq!(script.questions.open[of(access)].is_empty(), resolves, "{permission:?} {access}");
+            let _ = script.reply(true);
+            assert!(script.is_idle());
+        }
+    }
+
+    #[test]
+    fn an_update_beside_the_byte_resolves_nothing() {
+        let mut script = Script::new(Replies::Each);
+        script.first_look(0x5810, Read);
+        assert_eq!(script.update(0x5000, 0x57ff, ReadWrite), News::None);
+        assert_eq!(script.update(0x5811, 0x5fff, ReadWrite), News::None);
+        assert_eq!(script.update(0x5810, 0x5810, ReadWrite), News::Some);
+    }
+
+    #[test]
+    fn a_denial_is_for_who_asked_before_it() {
+        let mut script = Script::new(Replies::Each);
+        let first = script.first_look(0x5010, Read);
+        // Its other pages are asked for later, and denied to it all the same.
+        assert_eq!(script.look(0x6000, Read, Some(first)).unwrap().ticket, first);
+        let joined = script.first_look(0x5020, Read);
+        assert_eq!(script.asked(), 2);
+        assert_eq!(script.reply(false), Some(News::Some));
+        assert_eq!(script.reply(false), Some(News::Some));
+        assert_eq!(script.look(0x5010, Read, Some(first)), Err(FaultReason::Unmapped));
+        assert_eq!(script.look(0x6000, Read, Some(first)), Err(FaultReason::Unmapped));
+        // Who joined while it was under way cannot know: the guest may have mapped it in between.
+        assert!(script.look(0x5020, Read, Some(joined)).is_ok());
+        assert_eq!(script.asked(), 1);
+        assert!(script.look(0x5010, Write, Some(first)).is_ok(), "the other access was not denied");
+    }
+
+    #[test]
+    fn an_update_lifts_a_denial() {
+        let mut script = Script::new(Replies::Each);
+        let ticket = script.first_look(0x5010, Read);
+        let _ = script.reply(false);
+        let _ = script.update(ALL.0, ALL.1, ReadWrite);
+        assert!(script.look(0x5010, Read, Some(ticket)).is_ok());
+    }
+
+    #[test]
+    fn granted_with_less_than_was_wanted_is_forbidden_in_either_order() {
+        for update_first in [true, false] {
+            let mut script = Script::new(Replies::Each);
+            let ticket = script.first_look(0x5010, Write);
+            if update_first {
+                let _ = script.update(ALL.0, ALL.1, ReadOnly);
+                assert!(script.look(0x5010, Write, Some(ticket)).is_ok(), "not before the reply");
+                let _ = script.reply(true);
+            } else {
+                let _ = script.reply(true);
+                assert!(script.look(0x5010, Write, Some(ticket)).is_ok(), "not before the update");
+                let _ = script.update(ALL.0, ALL.1, ReadOnly);
+            }
+            assert_eq!(script.look(0x5010, Write, Some(ticket)), Err(FaultReason::Forbidden));
+            assert_eq!(script.asked(), 1);
+            assert!(script.is_idle());
+        }
+    }
+
+    #[test]
+    fn an_old_mapping_without_the_permission_is_no_answer() {
+        let mut script = Script::new(Replies::Each);
+        let _ = script.update(ALL.0, ALL.1, ReadOnly);
+        let ticket = script.first_look(0x5010, Write);
+        let _ = script.reply(true);
+        assert!(script.look(0x5010, Write, Some(ticket)).is_ok(), "the update that raises it is on its way");
+        assert_eq!(script.update(ALL.0, ALL.1, ReadWrite), News::Some);
+        assert!(script.is_idle());
+    }
+
+    #[test]
+    fn an_update_before_the_question_was_passed_on_is_no_answer() {
+        for replies in [Replies::Each, Replies::Never] {
+            let mut script = Script::new(replies);
+            let now = script.now;
+            let Verdict::Wait { miss, question, .. } = script.questions.miss(BusAddr(0x5010), Write, None, || now)
+            else {
+                panic!("not refused");
+            };
+            let _ = script.update(ALL.0, ALL.1, ReadOnly);
+            script.questions.ask(question.into_iter(), &mut script.asked);
+            assert_eq!(script.asked(), 1);
+            assert!(script.look(0x5010, Write, Some(miss.ticket)).is_ok());
+        }
+    }
+
+    #[test]
+    fn a_question_that_an_update_overtook_is_not_passed_on() {
+        let mut script = Script::new(Replies::Each);
+        let now = script.now;
+        let Verdict::Wait { question, .. } = script.questions.miss(BusAddr(0x5010), Write, None, || now) else {
+            panic!("not refused");
+        };
+        let _ = script.update(ALL.0, ALL.1, ReadWrite);
+        script.questions.ask(question.into_iter(), &mut script.asked);
+        assert!(script.asked.is_empty() && script.is_idle());
+    }
+
+    #[test]
+    fn invalidated_between_update_and_use_is_asked_again() {
+        // The permission was enough, and not.
+        for permission in [ReadWrite, ReadOnly] {
+            let mut script = Script::new(Replies::Each);
+            let ticket = script.first_look(0x5010, Write);
+            let _ = script.update(ALL.0, ALL.1, permission);
+            script.mapped = None;
+            let _ = script.reply(true);
+            assert_eq!(script.asked(), 1);
+            assert!(script.look(0x5010, Write, Some(ticket)).is_ok());
+            assert_eq!(script.asked(), 1);
+        }
+    }
+
+    #[test]
+    fn a_reply_answers_the_question_that_it_follows() {
+        let mut script = Script::new(Replies::Each);
+        let first = script.first_look(0x5010, Read);
+        let _ = script.update(ALL.0, ALL.1, ReadWrite);
+        script.mapped = None;
+        let second = script.look(0x5010, Read, Some(first)).unwrap().ticket;
+        assert_eq!((script.asked(), second), (2, first));
+        // The first question's, which no longer matters.
+        assert_eq!(script.reply(false), Some(News::None));
+        assert!(script.look(0x5010, Read, Some(first)).is_ok());
+        assert_eq!(script.reply(false), Some(News::Some));
+        assert_eq!(script.look(0x5010, Read, Some(first)), Err(FaultReason::Unmapped));
+        assert_eq!(script.reply(true), None);
+    }
+
+    #[test]
+    fn a_promise_is_waited_for_and_then_asked_for_again_and_then_refused() {
+        let mut script = Script::new(Replies::Each);
+        let ticket = script.first_look(0x5010, Read);
+        for _ in 0..ATTEMPTS {
+            assert_eq!(script.asked(), 1);
+            assert_eq!(script.reply(true), Some(News::Some));
+            let now = script.now;
+            match script.questions.miss(BusAddr(0x5010), Read, Some(ticket), || now) {
+                Verdict::Wait { question: None, retry: Some(at), .. } => script.now = at,
+                other => panic!("{other:?}"),
+            }
+            let _ = script.look(0x5010, Read, Some(ticket));
+        }
+        assert_eq!(script.asked(), 0);
+        assert_eq!(script.look(0x5010, Read, Some(ticket)), Err(FaultReason::Unmapped));
+        // Somebody new starts over.
+        script.first_look(0x5010, Read);
+        assert_eq!(script.asked(), 1);
+    }
+
+    #[test]
+    fn without_replies_an_update_decides() {
+        let mut script = Script::new(Replies::Never);
+        let ticket = script.first_look(0x5010, Write);
+        assert_eq!(script.reply(false), None);
+        assert_eq!(script.update(ALL.0, ALL.1, ReadOnly), News::Some);
+        assert_eq!(script.look(0x5010, Write, Some(ticket)), Err(FaultReason::Forbidden));
+        let later = script.first_look(0x5010, Write);
+        assert_eq!(script.update(ALL.0, ALL.1, ReadWrite), News::Some);
+        assert!(script.look(0x5010, Write, Some(later)).is_ok());
+    }
+
+    #[test]
+    fn the_size_of_answers_foretells_the_next() {
+        let mut script = Script::new(Replies::Each);
+        script.first_look(0x800_0000_0456_0000, Read);
+        let _ = script.update(0x800_0000_0400_0000, 0x800_0000_04ff_ffff, ReadWrite);
+        let miss = script.look(0x800_0000_0556_0000, Read, None).unwrap();
+        assert_eq!(miss.covers, 0xaa_0000);
+        assert_eq!(script.asked(), 2);
+        // Another page of the same granule is not asked for beside it.
+        script.first_look(0x800_0000_0500_0000, Read);
+        assert_eq!(script.asked(), 0);
+        // A small answer corrects it, and who waited for the other page asks.
+        let _ = script.update(0x800_0000_0556_0000, 0x800_0000_0556_0fff, ReadWrite);
+        assert_eq!(script.look(0x800_0000_0500_0000, Read, Some(miss.ticket)).unwrap().covers, 0x1000);
+        assert_eq!(script.asked(), 1);
+        // Odd sizes foretell nothing.
+        for (first, last, expected) in [
+            (0, u64::MAX, PAGE),
+            (0x1000, 0x2fff, PAGE),
+            (0, 0, PAGE),
+            (0x2000, 0x3fff, 0x2000),
+            (0, (1 << 40) - 1, 1 << 30),
+        ] {
+            assert_eq!(granule(first, last), expected);
+        }
+    }
+
+    #[test]
+    fn a_denial_is_for_its_page_and_not_for_the_granule() {
+        let mut script = Script::new(Replies::Each);
+        script.first_look(0, Read);
+        let _ = script.update(0, (1 << 24) - 1, ReadWrite);
+        let _ = script.reply(true);
+        let ticket = script.first_look(5 << 24, Read);
+        let other = script.look((5 << 24) + 0x1_0000, Read, Some(ticket)).unwrap().ticket;
+        let _ = script.reply(false);
+        assert_eq!(script.look(5 << 24, Read, Some(ticket)), Err(FaultReason::Unmapped));
+        assert!(script.look((5 << 24) + 0x1_0000, Read, Some(other)).is_ok());
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        for replies in [Replies::Each, Replies::Never] {
+            let mut script = Script::new(replies);
+            for page in 0..UNANSWERED as u64 + 10 {
+                script.first_look(page * PAGE, Read);
+                assert!(
+                    script.questions.open[0].len() <= UNANSWERED && script.questions.unanswered.len() <= UNANSWERED
+                );
+            }
+            match replies {
+                Replies::Each => {
+                    assert_eq!(script.asked(), UNANSWERED);
+                    // A place is free again, and whoever waits for one is told.
+                    let _ = script.update(0, PAGE - 1, ReadWrite);
+                    assert_eq!(script.reply(true), Some(News::Some));
+                    script.first_look(1 << 40, Read);
+                    assert_eq!(script.asked(), 1);
+                }
+                Replies::Never => assert_eq!(script.asked(), UNANSWERED + 10),
+            }
+        }
+        let mut script = Script::new(Replies::Each);
+        let mut tickets = Vec::new();
+        for page in 0..REFUSALS as u64 + 10 {
+            tickets.push(script.first_look(page * PAGE, Read));
+            let _ = script.reply(false);
+            assert!(script.questions.refusals[0].len() <= REFUSALS && script.questions.refused.len() <= REFUSALS);
+        }
+        assert!(script.look(0, Read, Some(tickets[0])).is_ok(), "forgotten: asked again");
+        assert_eq!(script.look(10 * PAGE, Read, Some(tickets[10])), Err(FaultReason::Unmapped));
+    }
+
+    #[test]
+    fn promises_that_nobody_keeps_or_waits_for_make_room() {
+        let mut script = Script::new(Replies::Each);
+        for page in 0..UNANSWERED as u64 {
+            script.first_look(page * PAGE, Read);
+            let _ = script.reply(true);
+        }
+        script.asked();
+        script.first_look(1 << 40, Read);
+        assert_eq!(script.asked(), 1);
+        assert_eq!(script.questions.open[0].len(), 1);
     }
 }

@@ -201,8 +201,10 @@ impl View {
         // The one lock taken during a visit: by who misses, for as long as a look into two trees takes, and nobody
         // waits for anything while holding it.
         let mut questions = lock(&asking.questions);
-        // An update that was not there a moment ago and has been through the questions already would leave this one
-        // unanswered. One that comes through later finds the question.
+        asking.busy.store(true, Relaxed);
+        // Orders the store above before the second look for the mapping, below; in pair with the fence in
+        // `Iotlb::update`. An update that came since the first look would otherwise leave the question unanswered.
+        fence(SeqCst);
         if let Some(found) = self.find(addr.0, access) {
             return Ok(found);
         }

@@ -66,6 +66,8 @@ impl Case {
     }
 
     fn meet(platform: Platform, driver: Addressing, device: Reach) -> Outcome {
+        let iommu = !matches!(platform, Platform::X86 | Platform::Arm64 | Platform::Xen);
+        assert!(iommu || device == Reach::Untranslated, "{platform} has nothing that would translate");
         match (platform, driver, device) {
             (Platform::X86 | Platform::Arm64, ..) => Outcome::Untranslated,
             (Platform::Xen, Addressing::Translated, _) => Outcome::Translated,

@@ -70,18 +70,24 @@ impl Area {
 }
 
 impl<'v, V: Visit> View<'_, 'v, V> {
-    /// The `len` bytes at `offset` of the area, as a slice and an offset into it.
+    /// The `len` bytes at `offset` of the area, which lie in one piece.
     #[inline]
-    pub(crate) fn at(&mut self, offset: u32, len: u32) -> Result<(HostSlice<'v>, usize), RingStop> {
-        if let Some(found) = self.window.and_then(|window| window.find(offset, len)) {
-            return Ok(found);
+    pub(crate) fn at(&mut self, offset: u32, len: u32) -> Result<HostSlice<'v>, RingStop> {
+        match self.seen(offset, len) {
+            Some(found) => Ok(found),
+            None => self.open(offset, len),
         }
-        self.open(offset, len)
+    }
+
+    /// The same, if that needs no translation.
+    #[inline]
+    pub(crate) fn seen(&self, offset: u32, len: u32) -> Option<HostSlice<'v>> {
+        self.window.and_then(|window| window.find(offset, len))
     }
 
     #[cold]
     #[inline(never)]
-    fn open(&mut self, offset: u32, len: u32) -> Result<(HostSlice<'v>, usize), RingStop> {
+    fn open(&mut self, offset: u32, len: u32) -> Result<HostSlice<'v>, RingStop> {
         assert!(offset + len <= self.area.len, "{len} bytes at {offset} of an area of {}", self.area.len);
         let page = self.area.page_start(offset);
         // The last try decides; those before it hope for a larger window.
@@ -131,9 +137,9 @@ impl<'v, V: Visit> View<'_, 'v, V> {
 
 impl<'v> Window<'v> {
     #[inline]
-    fn find(&self, offset: u32, len: u32) -> Option<(HostSlice<'v>, usize)> {
-        let within = offset.wrapping_sub(self.start) as usize;
-        (within < self.slice.len() && len as usize <= self.slice.len() - within).then_some((self.slice, within))
+    fn find(&self, offset: u32, len: u32) -> Option<HostSlice<'v>> {
+        let (within, len) = (offset.wrapping_sub(self.start) as usize, len as usize);
+        (within < self.slice.len() && len <= self.slice.len() - within).then(|| self.slice.sub(within, len))
     }
 }
 

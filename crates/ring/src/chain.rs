@@ -15,11 +15,18 @@ const TABLE_ENTRIES: u32 = 1024;
 pub struct Chain {
     head: Head,
     descriptors: Vec<Descriptor>,
-    readable: u32,
-    writable: u32,
+    tally: Tally,
+    table: Option<Table>,
+}
+
+/// What a chain adds up to so far. Kept apart while a chain is walked; checked, and stored in it, at the end.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Tally {
+    /// In bytes, as is the next. No chain is so long that they overflow.
+    readable: u64,
+    writable: u64,
     /// A writable descriptor has been seen, so no readable one may follow.
     writing: bool,
-    table: Option<Table>,
 }
 
 /// What a chain is given back as.
@@ -74,13 +81,14 @@ impl Chain {
     /// How many bytes the device is to read. Together with [`Self::writable_len`] less than 4 GiB.
     #[inline]
     pub fn readable_len(&self) -> u32 {
-        self.readable
+        // Both together are below 4 GiB, see `settle`.
+        self.tally.readable as u32
     }
 
     /// How many bytes the device may write.
     #[inline]
     pub fn writable_len(&self) -> u32 {
-        self.writable
+        self.tally.writable as u32
     }
 
     /// Whether a part of the chain is in a table that [`Self::expand`] has yet to read.
@@ -104,21 +112,19 @@ impl Chain {
     }
 
     fn read_table<V: Visit>(&mut self, visit: &V, table: Table, asked: Option<Ticket>) -> Result<(), RingStop> {
-        let direct = (self.descriptors.len(), self.readable, self.writable, self.writing);
+        let direct = self.descriptors.len();
         let read = self.walk_table(&TableReader::new(visit, table, asked)?);
         match read {
             Ok(()) => self.table = None,
             // Half a table is worth nothing: it is read from its start next time.
-            Err(_) => {
-                self.descriptors.truncate(direct.0);
-                (self.readable, self.writable, self.writing) = (direct.1, direct.2, direct.3);
-            }
+            Err(_) => self.descriptors.truncate(direct),
         }
         read
     }
 
     fn walk_table<V: Visit>(&mut self, reader: &TableReader<'_, V>) -> Result<(), RingStop> {
         let Table { entries, format, .. } = reader.table;
+        let mut tally = self.tally;
         let mut index = 0;
         for _ in 0..entries {
             let raw = reader.entry(index)?;
@@ -127,9 +133,9 @@ impl Chain {
                     if raw.has(INDIRECT) {
                         return Err(RingError::IndirectNested.into());
                     }
-                    self.add(raw)?;
+                    self.add(raw, &mut tally)?;
                     if !raw.has(NEXT) {
-                        return self.complete();
+                        return Ok(self.complete(tally)?);
                     }
                     index = u32::from(raw.link);
                     if index >= entries {
@@ -138,24 +144,23 @@ impl Chain {
                 }
                 // All entries in order, and no flag but WRITE means anything (§2.8.7).
                 Format::Packed => {
-                    self.add(raw)?;
+                    self.add(raw, &mut tally)?;
                     index += 1;
                 }
             }
         }
         match format {
             Format::Split => Err(RingError::ChainTooLong { limit: entries }.into()),
-            Format::Packed => self.complete(),
+            Format::Packed => Ok(self.complete(tally)?),
         }
     }
 
     /// Begins a new chain.
     #[inline]
     pub(crate) fn begin(&mut self) {
-        let Self { head, descriptors, readable, writable, writing, table } = self;
-        *head = Head::default();
+        let Self { head, descriptors, tally, table } = self;
         descriptors.clear();
-        (*readable, *writable, *writing, *table) = (0, 0, false, None);
+        (*head, *tally, *table) = (Head::default(), Tally::default(), None);
     }
 
     #[inline]
@@ -165,20 +170,18 @@ impl Chain {
 
     /// Appends what a descriptor that is no table describes.
     #[inline]
-    pub(crate) fn add(&mut self, raw: Raw) -> Result<(), RingError> {
-        let access = if raw.has(WRITE) { Access::Write } else { Access::Read };
-        // The sum of both stays below 4 GiB, so neither part can overflow once it has been checked.
-        if u64::from(self.readable) + u64::from(self.writable) + u64::from(raw.len) > u64::from(u32::MAX) {
-            return Err(RingError::TooManyBytes);
-        }
-        match access {
-            Access::Read if self.writing => return Err(RingError::ReadAfterWrite),
-            Access::Read => self.readable += raw.len,
-            Access::Write => {
-                self.writing = true;
-                self.writable += raw.len;
+    pub(crate) fn add(&mut self, raw: Raw, tally: &mut Tally) -> Result<(), RingError> {
+        let access = if raw.has(WRITE) {
+            tally.writing = true;
+            tally.writable += u64::from(raw.len);
+            Access::Write
+        } else {
+            if tally.writing {
+                return Err(RingError::ReadAfterWrite);
             }
-        }
+            tally.readable += u64::from(raw.len);
+            Access::Read
+        };
         // The standard does not forbid an empty stretch, and Linux has made some; it is nothing to anybody.
         if raw.len != 0 {
             self.descriptors.push(Descriptor { addr: raw.addr, len: raw.len, access });
@@ -188,7 +191,7 @@ impl Chain {
 
     /// Notes the table that a descriptor refers to, which ends the chain. Its WRITE flag means nothing (§2.7.5.3.2).
     #[inline]
-    pub(crate) fn fold(&mut self, raw: Raw, format: Format, size: u16) -> Result<(), RingError> {
+    pub(crate) fn fold(&mut self, raw: Raw, format: Format, size: u16, tally: Tally) -> Result<(), RingError> {
         let limit = u32::from(size).max(TABLE_ENTRIES);
         let entries = raw.len / DESCRIPTOR;
         if raw.len == 0 || !raw.len.is_multiple_of(DESCRIPTOR) {
@@ -198,14 +201,26 @@ impl Chain {
             return Err(RingError::TableTooLong { entries, limit });
         }
         self.table = Some(Table { addr: raw.addr, entries, format });
-        Ok(())
+        self.settle(tally)
     }
 
-    /// Checks that there is something in a chain that is all there. None is what a ring full of zeros looks like, and
-    /// what no driver has a use for.
+    /// Ends a chain that is all there. One without a byte is what a ring full of zeros looks like, and what no driver has
+    /// a use for.
     #[inline]
-    pub(crate) fn complete(&self) -> Result<(), RingStop> {
-        if self.descriptors.is_empty() { Err(RingError::NoBytes.into()) } else { Ok(()) }
+    pub(crate) fn complete(&mut self, tally: Tally) -> Result<(), RingError> {
+        if self.descriptors.is_empty() {
+            return Err(RingError::NoBytes);
+        }
+        self.settle(tally)
+    }
+
+    #[inline]
+    fn settle(&mut self, tally: Tally) -> Result<(), RingError> {
+        if tally.readable + tally.writable > u64::from(u32::MAX) {
+            return Err(RingError::TooManyBytes);
+        }
+        self.tally = tally;
+        Ok(())
     }
 }
 
@@ -237,7 +252,7 @@ impl<'v, V: Visit> TableReader<'v, V> {
     fn entry(&self, index: u32) -> Result<Raw, RingStop> {
         let offset = index * DESCRIPTOR;
         let (addr, rest) = match &self.whole {
-            Some(slice) => load_words(slice, offset as usize),
+            Some(slice) => load_words(&slice.sub(offset as usize, DESCRIPTOR as usize)),
             None => self.scattered(offset)?,
         };
         // The entries of a packed ring's table have their flags where the ring's descriptors have them.

@@ -107,17 +107,24 @@ impl Raw {
     }
 }
 
-/// The two words of the descriptor at `offset`, each read once.
+/// The two words of a descriptor, each read once.
 #[inline]
-pub(crate) fn load_words(slice: &HostSlice<'_>, offset: usize) -> (u64, u64) {
-    (slice.load_u64(offset, Ordering::Relaxed), slice.load_u64(offset + 8, Ordering::Relaxed))
+pub(crate) fn load_words(descriptor: &HostSlice<'_>) -> (u64, u64) {
+    (descriptor.load_u64(0, Ordering::Relaxed), descriptor.load_u64(8, Ordering::Relaxed))
 }
 
-/// Writes the two words of a descriptor.
+/// Writes the two words of the descriptor of that index in `table`.
 #[inline]
-pub(crate) fn store_words(slice: &HostSlice<'_>, offset: usize, (addr, rest): (u64, u64)) {
-    slice.store_u64(offset, addr, Ordering::Relaxed);
-    slice.store_u64(offset + 8, rest, Ordering::Relaxed);
+pub(crate) fn store_words(table: &HostSlice<'_>, index: u16, (addr, rest): (u64, u64)) {
+    let descriptor = descriptor(table, index);
+    descriptor.store_u64(0, addr, Ordering::Relaxed);
+    descriptor.store_u64(8, rest, Ordering::Relaxed);
+}
+
+/// The descriptor of that index in `table`.
+#[inline]
+pub(crate) fn descriptor<'m>(table: &HostSlice<'m>, index: u16) -> HostSlice<'m> {
+    table.sub(usize::from(index) * DESCRIPTOR as usize, DESCRIPTOR as usize)
 }
 
 /// Whether a notification is due by `VIRTIO_F_EVENT_IDX`: the other side asked to be told once entry `event` is done,
@@ -193,7 +200,7 @@ mod tests {
             (WRAP | 6, 1, false, 2, 8, false, "a batch over the wrap, just before it"),
             (7, 0, false, 1, 8, false, "the end of the lap just begun"),
             (WRAP, 0, false, 8, 8, true, "a whole ring in one batch"),
-            (2, 3, true, 8, 7, false, "a size that is no power of two: an entry of the lap before, before the batch"),
+            (2, 3, true, 7, 7, false, "a size that is no power of two: an entry of the lap before, before the batch"),
             (3, 3, true, 7, 7, true, "a size that is no power of two: a whole ring"),
             (WRAP | 0x7ffe, 0x7fff, true, 1, 0x8000, true, "the largest ring"),
             (WRAP | 0x7fff, 0, false, 0x8000, 0x8000, true, "the largest ring in one batch"),

@@ -1,5 +1,6 @@
 //! The `ringfence` command line.
 
+mod demo;
 mod log;
 mod serve;
 
@@ -31,6 +32,7 @@ enum Command {
     /// Serve a vhost-user device that respects the guest's IOMMU
     #[command(subcommand)]
     Serve(serve::Serve),
+    Demo(demo::Demo),
 }
 
 fn main() -> ExitCode {
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Serve(serve) => serve.run(),
+        Command::Demo(demo) => demo.run(),
     }
 }
 

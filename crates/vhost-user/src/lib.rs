@@ -7,6 +7,7 @@
 //! connection without its socket, [`server`] that with one; [`client`] is the front-end's side.
 
 pub mod channel;
+pub mod client;
 pub mod server;
 pub mod session;
 pub mod wire;

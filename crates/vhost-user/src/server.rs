@@ -260,7 +260,8 @@ impl Connection {
             Ok(Request::SetBackendReqFd(fd)) => self.open_channel(fd).map(|()| None),
             Ok(request) => {
                 tracing::trace!(?request, "message");
-                self.session.handle(request).map_err(Lost::from)
+                let checked = self.session.check_memory();
+                checked.and_then(|()| self.session.handle(request)).map_err(Lost::from)
             }
             Err(error) => Err(error.into()),
         };

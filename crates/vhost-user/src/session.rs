@@ -8,7 +8,7 @@ use crate::wire::{
 };
 use ringfence_device::Device;
 use ringfence_dma::{BusAddr, FrontendVa, HostSlice, Permission};
-use ringfence_hostmem::{MapError, Placement, Regions};
+use ringfence_hostmem::{MAX_REGIONS, MapError, Placement, Regions};
 use ringfence_iotlb::{self as iotlb, Fence, Iotlb, Refused, Replies, Unmapped};
 use ringfence_policy::{Addressing, IommuMode, Refusal};
 use ringfence_ring::{Format, Indirect, Notifications, Rules};
@@ -28,8 +28,10 @@ mod bits {
     pub(super) const RING_PACKED: u64 = F::RING_PACKED.bits().to_ne() as u64;
 }
 
-/// How many regions can be there at a time; QEMU's own limit is 509.
-const MAX_MEM_SLOTS: u64 = 509;
+/// The format of the rings of a driver that took `features`.
+pub(crate) fn format_of(features: u64) -> Format {
+    if features & bits::RING_PACKED == 0 { Format::Split } else { Format::Packed }
+}
 
 /// What of vhost-user itself is offered. Inflight tracking is not: requests that are under way end before a queue stops.
 const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
@@ -66,6 +68,7 @@ pub struct Session {
     backend: Arc<Backend>,
     vrings: Vec<Vring>,
     status: u8,
+    /// What was counted by translation caches that are gone, and by this session itself.
     past: Counted,
 }
 
@@ -91,9 +94,8 @@ pub struct Counted {
 
 impl Counted {
     fn add(&mut self, seen: &iotlb::Statistics) {
+        // Updates and invalidations are counted as messages: the cache also counts what the session does by itself.
         self.misses += seen.misses;
-        self.updates += seen.updates;
-        self.invalidations += seen.invalidations;
         self.faults += seen.faults;
     }
 }
@@ -134,6 +136,9 @@ pub enum SessionError {
     /// Guest memory that can't be had.
     #[error("guest memory: {0}")]
     Memory(#[from] MapError),
+    /// The front-end cut a file short that holds guest memory.
+    #[error("guest memory is gone: the front-end cut its file short")]
+    MemoryLost,
     /// An address of the front-end that is in none of the regions.
     #[error("front-end address {addr} (+{size:#x}) is not in the memory table")]
     Outside {
@@ -219,7 +224,7 @@ impl Session {
             Request::GetQueueNum => Ok(Some(Reply::U64(self.device.queues().into()))),
             Request::GetConfig { offset, size, flags } => Ok(Some(self.config(offset, size, flags))),
             Request::SetConfig { .. } => Err(SessionError::ReadOnlyConfig),
-            Request::GetMaxMemSlots => Ok(Some(Reply::U64(MAX_MEM_SLOTS))),
+            Request::GetMaxMemSlots => Ok(Some(Reply::U64(MAX_REGIONS as u64))),
             Request::SetMemTable(regions) => self.set_mem_table(regions),
             Request::AddMemReg(placement, fd) => self.add_region(placement, fd),
             Request::RemMemReg(placement) => self.remove_region(placement),
@@ -243,6 +248,15 @@ impl Session {
             | Request::SetInflightFd(..)
             | Request::VringKick { .. }) => Err(SessionError::NotOffered(request.code())),
         }
+    }
+
+    /// Whether guest memory has gone from under us: a file that was cut short. It reads as zeroes since, so whatever
+    /// goes on would go on with wrong bytes.
+    ///
+    /// # Errors
+    /// [`SessionError::MemoryLost`].
+    pub fn check_memory(&self) -> Result<(), SessionError> {
+        if self.regions.is_lost() { Err(SessionError::MemoryLost) } else { Ok(()) }
     }
 
     /// Whether acknowledgements were negotiated.
@@ -357,9 +371,6 @@ impl Session {
     }
 
     fn add_region(&mut self, placement: Placement, fd: OwnedFd) -> Answer {
-        if self.regions.len() as u64 >= MAX_MEM_SLOTS {
-            return Err(SessionError::Memory(MapError::TooMany { max: MAX_MEM_SLOTS as usize }));
-        }
         self.change_memory(|session| Ok(session.regions.add(placement, fd)?))
     }
 
@@ -420,6 +431,10 @@ impl Session {
     }
 
     fn iotlb_message(&mut self, entry: IotlbEntry) -> Answer {
+        match entry {
+            IotlbEntry::Update { .. } => self.past.updates += 1,
+            IotlbEntry::Invalidate(_) => self.past.invalidations += 1,
+        }
         let (Some(iotlb), Some(Negotiated { addressing: Addressing::Translated, .. })) = (&self.iotlb, self.negotiated)
         else {
             return Err(SessionError::NotTranslated);
@@ -534,7 +549,7 @@ impl Session {
             device: &self.device,
             features: negotiated.features,
             rules: Rules {
-                format: if has(bits::RING_PACKED) { Format::Packed } else { Format::Split },
+                format: format_of(negotiated.features),
                 notifications: if has(bits::EVENT_IDX) { Notifications::EventIdx } else { Notifications::Flags },
                 indirect: if has(bits::INDIRECT_DESC) { Indirect::Allowed } else { Indirect::Refused },
             },

@@ -71,14 +71,13 @@ impl Cell {
     pub(crate) fn run(&self, kit: &Kit, places: &Places) -> Result<String, String> {
         let folder = tempfile::tempdir().map_err(|error| format!("no temporary folder: {error}"))?;
         let image = Image::create(&folder.path().join("disk"), self.seed()).map_err(|error| error.to_string())?;
-        let stem = places.logs.join(self.name().replace('/', "-"));
-        let socket = folder.path().join("socket");
+        let [socket, server_log] = ["socket", "log"].map(|name| folder.path().join(name));
         let mut backend = match self.server {
             Server::Qemu => None,
             Server::Ringfence => Some(self.serve(places, &image, &socket)),
             Server::StorageDaemon => Some(Backend::storage_daemon(image.path(), &socket)),
         }
-        .map(|command| Backend::start(command, &socket, &stem.with_extension("server.log")))
+        .map(|command| Backend::start(command, &socket, &server_log))
         .transpose()
         .map_err(|error| error.to_string())?;
         let boot = Boot {
@@ -91,31 +90,40 @@ impl Cell {
             timeout: places.timeout,
         };
         let outcome = boot.run().map_err(|error| error.to_string())?;
-        let console = stem.with_extension("log");
-        fs::write(&console, outcome.log()).map_err(|error| format!("{}: {error}", console.display()))?;
+        let verdict = self.judge(&image, &outcome, backend.as_mut());
 
-        let seen = match self.expected() {
-            Expected::Refused => judge_refusal(&outcome, backend.as_mut())?,
-            works => {
-                let seen = judge_guest(works, &image, &outcome)?;
-                match backend.as_ref().filter(|_| self.server == Server::Ringfence) {
-                    Some(backend) => format!("{seen}, {}", judge_counts(works, backend)?),
-                    None => seen,
-                }
-            }
-        };
-        if let Some(backend) = backend {
-            let status = backend.end().map_err(|error| error.to_string())?;
-            // The storage daemon, too, ends a SIGTERM with success.
-            if !status.success() {
-                return Err(format!("the server answered SIGTERM with {status}"));
-            }
-        }
-        let wanted = if self.expected() == Expected::Refused { image.initial() } else { image.expected() };
-        if image.current().map_err(|error| error.to_string())? != wanted {
-            return Err("the image on the host is not what the guest left".to_owned());
-        }
+        let log = places.logs.join(format!("{}.log", self.name().replace('/', "-")));
+        let served = backend.as_ref().map(|backend| format!("--- server\n{}", backend.log())).unwrap_or_default();
+        fs::write(&log, outcome.log() + &served).map_err(|error| format!("{}: {error}", log.display()))?;
+
+        let seen = verdict?;
+        backend.map_or(Ok(()), ends_cleanly)?;
+        self.judge_image(&image)?;
         Ok(format!("boot {:>4.1} s, {seen}", outcome.elapsed.as_secs_f64()))
+    }
+
+    fn judge(&self, image: &Image, outcome: &Outcome, backend: Option<&mut Backend>) -> Result<String, String> {
+        let expected = self.expected();
+        if expected == Expected::Refused {
+            return judge_refusal(outcome, backend);
+        }
+        let seen = judge_guest(expected, image, outcome)?;
+        match backend.filter(|_| self.server == Server::Ringfence) {
+            Some(backend) => Ok(format!("{seen}, {}", judge_counts(expected, backend)?)),
+            None => Ok(seen),
+        }
+    }
+
+    /// The host finds in the image what the guest left there, to the byte.
+    fn judge_image(&self, image: &Image) -> Result<(), String> {
+        let as_left = match self.expected() {
+            Expected::Refused => image.is_untouched(),
+            Expected::Physical { .. } | Expected::Translated => image.is_as_expected(),
+        };
+        match as_left.map_err(|error| error.to_string())? {
+            true => Ok(()),
+            false => Err("the image on the host is not what the guest left".to_owned()),
+        }
     }
 
     fn expected(&self) -> Expected {
@@ -154,6 +162,12 @@ impl fmt::Display for Flag {
             Self::Require => "require",
         })
     }
+}
+
+/// The server answers SIGTERM with success.
+fn ends_cleanly(backend: Backend) -> Result<(), String> {
+    let status = backend.end().map_err(|error| error.to_string())?;
+    if status.success() { Ok(()) } else { Err(format!("the server answered SIGTERM with {status}")) }
 }
 
 /// The guest worked, read what was there, read back what it wrote, and holds
@@ -214,7 +228,8 @@ fn judge_refusal(outcome: &Outcome, backend: Option<&mut Backend>) -> Result<Str
     if !backend.serves() {
         return Err("the server does not serve any more".to_owned());
     }
-    Ok(format!("refused: {}", reason.trim()))
+    let reason = reason.split_once("refus").map_or(reason, |(before, _)| &reason[before.len()..]);
+    Ok(format!("{}…", reason.chars().take(120).collect::<String>()))
 }
 
 /// The number of misses in a line with `misses=N`, and the line's counts.

@@ -1,8 +1,8 @@
 //! What every back-end is put through, and what tests drive one with.
 
 use super::{Durability, Geometry, Operation, Started, Storage, StorageQueue, total};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use ringfence_dma::{DetachedSlice, Ram};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
 
 /// A queue and the memory that its operations use.
@@ -26,10 +26,11 @@ impl Driver {
     /// Waits until at least one operation has ended.
     pub(super) fn wait(&mut self) -> Vec<(u16, io::Result<()>)> {
         self.queue.submit().unwrap();
+        let limit = Timespec { tv_sec: 10, tv_nsec: 0 };
         let mut ended = Vec::new();
         while ended.is_empty() {
             let fd = self.queue.completion_fd().expect("something is under way");
-            let ready = poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::from(10_000_u16)).unwrap();
+            let ready = poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&limit)).unwrap();
             assert_eq!(ready, 1, "nothing ended within ten seconds");
             self.queue.completed(&mut |token, result| ended.push((token, result)));
         }

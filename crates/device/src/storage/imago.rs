@@ -6,11 +6,12 @@ use imago::format::gate::ImplicitOpenGate;
 use imago::qcow2::Qcow2;
 use imago::vmdk::Vmdk;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions};
-use nix::sys::eventfd::{EfdFlags, EventFd};
-use ringfence_dma::DetachedSlice;
+use ringfence_dma::{DetachedSlice, HostSlice};
+use rustix::event::{EventfdFlags, eventfd};
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -78,7 +79,7 @@ impl Image {
         if capacity == 0 {
             return Err(Reason::Empty);
         }
-        if capacity % SECTOR != 0 {
+        if !capacity.is_multiple_of(SECTOR) {
             return Err(Reason::NotSectors(capacity));
         }
         let geometry = Geometry { read_only, physical_block_size: 4096, ..Geometry::plain(capacity) };
@@ -191,7 +192,7 @@ struct Shared {
     /// How many have `ended`, for looking without taking the lock.
     ended_count: AtomicUsize,
     /// Readable while something has `ended`; changed under its lock.
-    signal: EventFd,
+    signal: OwnedFd,
 }
 
 #[derive(Default)]
@@ -214,7 +215,7 @@ impl ImagoQueue {
             changed: Condvar::new(),
             ended: Mutex::default(),
             ended_count: AtomicUsize::new(0),
-            signal: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+            signal: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         });
         let geometry = image.geometry;
         let mut queue = Self { shared, geometry, batch: Vec::new(), taken: Vec::new(), threads: Vec::new() };
@@ -254,7 +255,7 @@ impl StorageQueue for ImagoQueue {
             self.shared.ended_count.store(0, Ordering::Relaxed);
             // Under the lock, as its counterpart is: a signal stands exactly while something has ended. It can't fail:
             // there is one.
-            let _ = self.shared.signal.read();
+            let _ = rustix::io::read(&self.shared.signal, &mut [0; 8]);
         }
         for (token, result) in self.taken.drain(..) {
             each(token, result);
@@ -325,7 +326,7 @@ impl Shared {
         let mut ended = lock(&self.ended);
         if ended.is_empty() {
             // Can't fail: the counter is 0.
-            let _ = self.signal.write(1);
+            let _ = rustix::io::write(&self.signal, &1_u64.to_ne_bytes());
         }
         ended.push((token, result));
         self.ended_count.store(ended.len(), Ordering::Release);
@@ -421,7 +422,7 @@ impl Cursor<'_> {
         self.each(into.len(), |piece, range| piece.read(0, &mut into[range]));
     }
 
-    fn each(&mut self, len: usize, mut each: impl FnMut(ringfence_dma::HostSlice<'_>, std::ops::Range<usize>)) {
+    fn each(&mut self, len: usize, mut each: impl FnMut(HostSlice<'_>, Range<usize>)) {
         let mut done = 0;
         while done < len {
             // SAFETY: made in `chunks` alone, for as long as its caller vouches for the pieces.
@@ -443,6 +444,7 @@ mod tests {
     use super::super::exercise::{CAPACITY, Driver, Numbers, exercise, refuses_every_change};
     use super::*;
     use imago::FormatCreateBuilder;
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
     use std::fs;
     use std::process::Command;
     use tempfile::TempDir;
@@ -651,8 +653,8 @@ mod tests {
         }
         // Nothing more to tell, and nothing that says otherwise.
         let fd = driver.queue.completion_fd().unwrap();
-        let mut asked = [nix::poll::PollFd::new(fd, nix::poll::PollFlags::POLLIN)];
-        assert_eq!(nix::poll::poll(&mut asked, nix::poll::PollTimeout::ZERO).unwrap(), 0);
+        let mut asked = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+        assert_eq!(poll(&mut asked, Some(&Timespec::default())).unwrap(), 0);
     }
 
     #[test]

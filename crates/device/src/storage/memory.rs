@@ -55,7 +55,8 @@ impl StorageQueue for MemoryQueue {
             Operation::Read { offset } => {
                 let mut from = self.mapping.at(offset);
                 for piece in pieces {
-                    // SAFETY: within the mapping because admitted; the piece is good by this function's own contract.
+                    // SAFETY: within the mapping because admitted; the piece is good by this function's own contract,
+                    // and is nobody's disk.
                     unsafe {
                         copy(from, piece.as_ptr(), piece.len());
                         from = from.add(piece.len());
@@ -96,16 +97,15 @@ impl StorageQueue for MemoryQueue {
 /// What the kernel gives back at the least: a multiple of the page size of every machine this runs on.
 const PAGE: usize = 1 << 16;
 
-/// Copies `len` bytes between memories that others may be reading and writing: each byte arrives as one of those that
-/// it was meanwhile.
+/// Copies `len` bytes between memories that others may be reading and writing, as [`HostSlice`](ringfence_dma::HostSlice)
+/// does: each byte arrives as one of those that it was meanwhile.
 ///
 /// # Safety
-/// Both ranges are mapped, and no Rust reference to any byte of them exists.
+/// Both ranges are mapped, they do not overlap, and no Rust reference to any byte of them exists.
 #[inline]
 unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
-    // SAFETY: by this function's own contract; the C function is opaque to the compiler, so that nothing is concluded
-    // from bytes that change, and it may be given ranges that overlap.
-    unsafe { libc::memmove(to.cast(), from.cast(), len) };
+    // SAFETY: by this function's own contract.
+    unsafe { to.copy_from_nonoverlapping(from, len) };
 }
 
 /// Pages of our own, zero until written.
@@ -155,8 +155,8 @@ impl Mapping {
         };
         let edges = if freed { [(offset, first), (last, end)] } else { [(offset, end), (end, end)] };
         for (from, to) in edges {
-            // SAFETY: within the mapping; the C function is opaque to the compiler, as in `copy`.
-            unsafe { libc::memset(self.at(from as u64).cast(), 0, to - from) };
+            // SAFETY: within the mapping; as for racing, see `copy`.
+            unsafe { self.at(from as u64).write_bytes(0, to - from) };
         }
     }
 }

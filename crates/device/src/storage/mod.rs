@@ -35,7 +35,7 @@ pub trait Storage: Send + Sync {
     /// The disk's size and what it can do; never changes.
     fn geometry(&self) -> Geometry;
 
-    /// A way in for one thread, with up to `depth` operations under way. `depth` is not 0.
+    /// A way in for one thread, with up to `depth` operations under way: 1 to 32768, as a virtqueue has.
     ///
     /// # Errors
     /// What the kernel would not give: memory, descriptors, threads.

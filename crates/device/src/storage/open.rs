@@ -188,12 +188,13 @@ fn size_of(text: &str) -> Result<u64, Reason> {
     let not_a_size = || Reason::NotASize(text.to_owned());
     let size = number.zip(unit).ok_or_else(not_a_size)?;
     let size = size.0.checked_mul(size.1).filter(|&size| size > 0).ok_or_else(not_a_size)?;
-    if size % SECTOR == 0 { Ok(size) } else { Err(Reason::NotSectors(size)) }
+    if size.is_multiple_of(SECTOR) { Ok(size) } else { Err(Reason::NotSectors(size)) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::{CWD, FileType, Mode};
 
     #[test]
     fn sizes_have_binary_units() {
@@ -217,7 +218,7 @@ mod tests {
         let inside = |name: &str| directory.path().join(name).display().to_string();
         std::fs::write(inside("empty"), b"").unwrap();
         std::fs::write(inside("zeroes"), [0; 4096]).unwrap();
-        nix::unistd::mkfifo(directory.path().join("pipe").as_path(), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        rustix::fs::mknodat(CWD, inside("pipe"), FileType::Fifo, Mode::RWXU, 0).unwrap();
         let qcow2 = Format::Virtual(VirtualFormat::Qcow2);
         for (image, format, says) in [
             (inside("missing"), Format::Raw, "there is no such file"),

@@ -192,7 +192,28 @@ fn sealed_memory_cannot_be_shortened() {
     assert_eq!(rustix::fs::ftruncate(&memory, 0), Err(rustix::io::Errno::PERM));
 }
 
+/// Huge pages are mapped whole. There may be none to be had: then touching them is what loses them.
+#[test]
+fn a_region_of_huge_pages_may_start_and_end_anywhere() {
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    const HUGE: u64 = 2 << 20;
+    let Ok(file) = memfd_create("huge", MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB) else {
+        eprintln!("SKIPPED: this kernel has no huge pages of 2 MiB");
+        return;
+    };
+    ftruncate(&file, 2 * HUGE).unwrap();
+    let placement = at(0, 0, HUGE, HUGE - PAGE);
+    let region = Region::map(placement, file.try_clone().unwrap()).unwrap();
+    let slice = region.slice();
+    slice.fill(0x55);
+    assert_eq!((byte(slice), byte(slice.sub(slice.len() - 1, 1))), (0x55, 0x55));
+    // Unmapping a part of a huge page would fail, and that is asserted where it is done.
+    drop(region);
+}
+
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
     /// Both ways of looking a byte up agree with a list that is searched from end to end.
     #[test]
     fn lookups_agree_with_a_search(

@@ -1,6 +1,7 @@
 //! The device's half of a packed ring (§2.8).
 
 use crate::area::{Area, View};
+use crate::chain::Tally;
 use crate::cursor::Cursor;
 use crate::wire::{
     DESCRIPTOR, EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, INDIRECT, NEXT, Raw, WRITE, load_words, packed,
@@ -10,7 +11,7 @@ use crate::{
     Chain, Format, Head, Indirect, Layout, LayoutError, Notifications, Position, RingArea, RingError, RingStop, Rules,
 };
 use core::sync::atomic::{Ordering, fence};
-use ringfence_dma::{Access, Visit};
+use ringfence_dma::{Access, HostSlice, Visit};
 
 #[derive(Debug)]
 pub(super) struct Queue {
@@ -97,70 +98,71 @@ impl Queue {
     }
 }
 
-impl<V: Visit> Open<'_, '_, V> {
+impl<'v, V: Visit> Open<'_, 'v, V> {
     #[inline]
     pub(super) fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingStop> {
-        // With all of the ring under way, what lies at `next` is what was taken there a lap ago.
-        if self.state.under_way == self.state.size || !self.is_next_available()? {
-            return Ok(false);
-        }
-        let head = self.walk(chain)?;
+        let Some(first) = self.look()? else { return Ok(false) };
+        let head = self.walk(first, chain)?;
         chain.set_head(head);
         self.state.next = self.state.next.advance(head.entries, self.state.size);
         self.state.under_way += head.entries;
         Ok(true)
     }
 
+    /// The descriptor at `next`, if it is available.
     #[inline]
-    fn is_next_available(&mut self) -> Result<bool, RingStop> {
-        let next = self.state.next;
-        let (ring, at) = self.available.at(DESCRIPTOR * u32::from(next.index), DESCRIPTOR)?;
-        // Acquire: orders this load before those of the rest of the chain, whose head the driver wrote last.
-        Ok(next.is_available(ring.load_u16(at + packed::FLAGS, Ordering::Acquire)))
+    fn look(&mut self) -> Result<Option<HostSlice<'v>>, RingStop> {
+        let State { size, under_way, next, .. } = *self.state;
+        // With all of the ring under way, what lies at `next` is what was taken there a lap ago.
+        if under_way == size {
+            return Ok(None);
+        }
+        let first = self.available.at(DESCRIPTOR * u32::from(next.index), DESCRIPTOR)?;
+        // Acquire: orders this load before those of the rest of the chain, whose head's flags the driver wrote last.
+        Ok(next.is_available(first.load_u16(packed::FLAGS, Ordering::Acquire)).then_some(first))
     }
 
-    /// Reads the chain that begins at `next`. The head's flags are read a second time and count only as read then.
+    /// Reads the chain that begins with `first`, at `next`. Its flags are read a second time and count only as read then.
     #[inline]
-    fn walk(&mut self, chain: &mut Chain) -> Result<Head, RingStop> {
+    fn walk(&mut self, first: HostSlice<'v>, chain: &mut Chain) -> Result<Head, RingStop> {
         chain.begin();
         let State { size, under_way, next, .. } = *self.state;
-        let mut at = next;
-        // The driver owns what is not under way.
-        for entries in 1..=size - under_way {
-            let raw = self.load(at.index)?;
+        let (mut descriptor, mut at, mut tally) = (first, next, Tally::default());
+        let mut entries = 1;
+        loop {
+            let (addr, rest) = load_words(&descriptor);
+            let raw = Raw::packed(addr, rest);
             if !at.is_available(raw.flags) {
                 return Err(RingError::NotAvailable { index: at.index }.into());
             }
             if raw.has(INDIRECT) {
-                self.fold(raw, entries, chain)?;
+                self.fold(raw, entries, chain, tally)?;
                 return Ok(Head { id: raw.link, entries });
             }
-            chain.add(raw)?;
+            chain.add(raw, &mut tally)?;
             if !raw.has(NEXT) {
-                chain.complete()?;
+                chain.complete(tally)?;
                 return Ok(Head { id: raw.link, entries });
             }
+            // The driver owns what is not under way.
+            if entries == size - under_way {
+                return Err(RingError::ChainTooLong { limit: entries.into() }.into());
+            }
+            entries += 1;
             at = at.advance(1, size);
+            descriptor = self.available.at(DESCRIPTOR * u32::from(at.index), DESCRIPTOR)?;
         }
-        Err(RingError::ChainTooLong { limit: u32::from(size - under_way) }.into())
-    }
-
-    #[inline]
-    fn load(&mut self, index: u16) -> Result<Raw, RingStop> {
-        let (ring, at) = self.available.at(DESCRIPTOR * u32::from(index), DESCRIPTOR)?;
-        let (addr, rest) = load_words(&ring, at);
-        Ok(Raw::packed(addr, rest))
     }
 
     /// A table is alone in its chain (§2.8.17).
-    fn fold(&mut self, raw: Raw, entries: u16, chain: &mut Chain) -> Result<(), RingStop> {
+    fn fold(&self, raw: Raw, entries: u16, chain: &mut Chain, tally: Tally) -> Result<(), RingError> {
         if self.state.indirect == Indirect::Refused {
-            return Err(RingError::IndirectRefused.into());
+            return Err(RingError::IndirectRefused);
         }
         if raw.has(NEXT) || entries != 1 {
-            return Err(RingError::IndirectInChain.into());
+            return Err(RingError::IndirectInChain);
         }
-        Ok(chain.fold(raw, Format::Packed, self.state.size)?)
+        chain.fold(raw, Format::Packed, self.state.size, tally)
     }
 
     /// One used descriptor stands for the whole chain; the others are skipped (§2.8.5). The flags of a batch's first
@@ -171,13 +173,13 @@ impl<V: Visit> Open<'_, '_, V> {
         if head.entries == 0 || under_way < head.entries {
             return Err(RingError::NothingUnderWay.into());
         }
-        let (ring, at) = self.used.at(DESCRIPTOR * u32::from(pushed.index), DESCRIPTOR)?;
-        ring.store_u32(at + packed::LEN, written, Ordering::Relaxed);
-        ring.store_u16(at + packed::ID, head.id, Ordering::Relaxed);
+        let descriptor = self.used.at(DESCRIPTOR * u32::from(pushed.index), DESCRIPTOR)?;
+        descriptor.store_u32(packed::LEN, written, Ordering::Relaxed);
+        descriptor.store_u16(packed::ID, head.id, Ordering::Relaxed);
         let flags = pushed.used_flags() | if written == 0 { 0 } else { WRITE };
         match first {
             None => self.state.first = Some((pushed.index, flags)),
-            Some(_) => ring.store_u16(at + packed::FLAGS, flags, Ordering::Relaxed),
+            Some(_) => descriptor.store_u16(packed::FLAGS, flags, Ordering::Relaxed),
         }
         self.state.pushed = pushed.advance(head.entries, size);
         self.state.under_way = under_way - head.entries;
@@ -188,9 +190,9 @@ impl<V: Visit> Open<'_, '_, V> {
     #[inline]
     pub(super) fn publish(&mut self) -> Result<(), RingStop> {
         let Some((index, flags)) = self.state.first else { return Ok(()) };
-        let (ring, at) = self.used.at(DESCRIPTOR * u32::from(index), DESCRIPTOR)?;
+        let descriptor = self.used.at(DESCRIPTOR * u32::from(index), DESCRIPTOR)?;
         // Release: orders the stores of the whole batch, and of the buffers behind it, before this one.
-        ring.store_u16(at + packed::FLAGS, flags, Ordering::Release);
+        descriptor.store_u16(packed::FLAGS, flags, Ordering::Release);
         let State { pushed, published, first, unpublished, untold, .. } = &mut *self.state;
         *first = None;
         *published = *pushed;
@@ -205,11 +207,11 @@ impl<V: Visit> Open<'_, '_, V> {
         if untold == Some(0) {
             return Ok(false);
         }
-        let (driver, at) = self.driver.at(0, 4)?;
+        let driver = self.driver.at(0, 4)?;
         // Orders the store of the used flags before the load of what the driver wants. The driver does the opposite
         // before it sleeps; with less than a full fence both could miss each other.
         fence(Ordering::SeqCst);
-        let wanted = driver.load_u32(at, Ordering::Relaxed);
+        let wanted = driver.load_u32(0, Ordering::Relaxed);
         self.state.untold = Some(0);
         let (event, flags) = (wanted as u16, (wanted >> 16) as u16 & 3);
         Ok(match (flags, notifications) {
@@ -235,13 +237,13 @@ impl<V: Visit> Open<'_, '_, V> {
         // Orders the store above before the load of the next descriptor's flags: the driver does the opposite, so
         // either it sees that it is to tell, or its chain is seen here.
         fence(Ordering::SeqCst);
-        Ok(self.state.under_way < self.state.size && self.is_next_available()?)
+        Ok(self.look()?.is_some())
     }
 
     /// Both halves in one store, so that the driver never sees a new flag with an old offset.
     fn set_event(&mut self, event: u16, flags: u16) -> Result<(), RingStop> {
-        let (device, at) = self.device.at(0, 4)?;
-        device.store_u32(at, u32::from(event) | u32::from(flags) << 16, Ordering::Relaxed);
+        let event = u32::from(event) | u32::from(flags) << 16;
+        self.device.at(0, 4)?.store_u32(0, event, Ordering::Relaxed);
         Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! The device's half of a split ring (§2.7).
 
 use crate::area::{Area, View};
+use crate::chain::Tally;
 use crate::wire::{DESCRIPTOR, INDIRECT, NEXT, Raw, SPLIT_SILENT, avail, event_passed, load_words, used};
 use crate::{
     Chain, Format, Head, Indirect, Layout, LayoutError, Notifications, Position, RingArea, RingError, RingStop, Rules,
@@ -105,8 +106,7 @@ impl<V: Visit> Open<'_, '_, V> {
         if self.state.next == self.state.seen && !self.look()? {
             return Ok(false);
         }
-        let (avail, at) = self.avail.at(avail::entry(self.state.slot(self.state.next)), 2)?;
-        let head = avail.load_u16(at, Ordering::Relaxed);
+        let head = self.avail.at(avail::entry(self.state.slot(self.state.next)), 2)?.load_u16(0, Ordering::Relaxed);
         self.walk(head, chain)?;
         chain.set_head(Head { id: head, entries: 1 });
         self.state.next = self.state.next.wrapping_add(1);
@@ -115,9 +115,9 @@ impl<V: Visit> Open<'_, '_, V> {
 
     /// Reads the avail index; `true` if there is something to take.
     fn look(&mut self) -> Result<bool, RingStop> {
-        let (avail, at) = self.avail.at(avail::INDEX, 2)?;
+        let avail = self.avail.at(avail::INDEX, 2)?;
         // Acquire: orders this load before those of the entries and descriptors that it makes known.
-        let index = avail.load_u16(at, Ordering::Acquire);
+        let index = avail.load_u16(0, Ordering::Acquire);
         let State { size, next, .. } = *self.state;
         // The driver owns what is not under way.
         let room = size - self.state.under_way();
@@ -132,20 +132,19 @@ impl<V: Visit> Open<'_, '_, V> {
     fn walk(&mut self, head: u16, chain: &mut Chain) -> Result<(), RingStop> {
         chain.begin();
         let size = self.state.size;
-        let mut index = head;
+        let (mut index, mut tally) = (head, Tally::default());
         for _ in 0..size {
             if index >= size {
                 return Err(RingError::NoSuchDescriptor { index, count: size.into() }.into());
             }
-            let (table, at) = self.descriptors.at(DESCRIPTOR * u32::from(index), DESCRIPTOR)?;
-            let (addr, rest) = load_words(&table, at);
+            let (addr, rest) = load_words(&self.descriptors.at(DESCRIPTOR * u32::from(index), DESCRIPTOR)?);
             let raw = Raw::split(addr, rest);
             if raw.has(INDIRECT) {
-                return self.fold(raw, chain);
+                return Ok(self.fold(raw, chain, tally)?);
             }
-            chain.add(raw)?;
+            chain.add(raw, &mut tally)?;
             if !raw.has(NEXT) {
-                return chain.complete();
+                return Ok(chain.complete(tally)?);
             }
             index = raw.link;
         }
@@ -153,14 +152,14 @@ impl<V: Visit> Open<'_, '_, V> {
     }
 
     /// A table ends its chain and may have direct descriptors before it (§2.7.5.3.2).
-    fn fold(&mut self, raw: Raw, chain: &mut Chain) -> Result<(), RingStop> {
+    fn fold(&self, raw: Raw, chain: &mut Chain, tally: Tally) -> Result<(), RingError> {
         if self.state.indirect == Indirect::Refused {
-            return Err(RingError::IndirectRefused.into());
+            return Err(RingError::IndirectRefused);
         }
         if raw.has(NEXT) {
-            return Err(RingError::IndirectInChain.into());
+            return Err(RingError::IndirectInChain);
         }
-        Ok(chain.fold(raw, Format::Split, self.state.size)?)
+        chain.fold(raw, Format::Split, self.state.size, tally)
     }
 
     #[inline]
@@ -169,11 +168,13 @@ impl<V: Visit> Open<'_, '_, V> {
             return Err(RingError::NothingUnderWay.into());
         }
         let slot = self.state.slot(self.state.pushed);
-        // An entry is aligned to 4 bytes and has 8, so its halves may lie on two pages.
-        let (used, at) = self.used.at(used::id(slot), 4)?;
-        used.store_u32(at, head.id.into(), Ordering::Relaxed);
-        let (used, at) = self.used.at(used::len(slot), 4)?;
-        used.store_u32(at, written, Ordering::Relaxed);
+        let (id, len) = match self.used.seen(used::id(slot), 8) {
+            Some(entry) => (entry.sub(0, 4), entry.sub(4, 4)),
+            // An entry has 8 bytes and is aligned to 4, so its halves may lie on two pages.
+            None => (self.used.at(used::id(slot), 4)?, self.used.at(used::len(slot), 4)?),
+        };
+        id.store_u32(0, head.id.into(), Ordering::Relaxed);
+        len.store_u32(0, written, Ordering::Relaxed);
         self.state.pushed = self.state.pushed.wrapping_add(1);
         Ok(())
     }
@@ -184,9 +185,9 @@ impl<V: Visit> Open<'_, '_, V> {
         if pushed == published {
             return Ok(());
         }
-        let (used, at) = self.used.at(used::INDEX, 2)?;
+        let used = self.used.at(used::INDEX, 2)?;
         // Release: orders the stores of the entries, and of the buffers behind them, before this one.
-        used.store_u16(at, pushed, Ordering::Release);
+        used.store_u16(0, pushed, Ordering::Release);
         self.state.published = pushed;
         self.state.untold = untold.and_then(|untold| untold.checked_add(pushed.wrapping_sub(published)));
         Ok(())
@@ -202,11 +203,11 @@ impl<V: Visit> Open<'_, '_, V> {
             Notifications::Flags => avail::FLAGS,
             Notifications::EventIdx => avail::used_event(size),
         };
-        let (avail, at) = self.avail.at(offset, 2)?;
+        let avail = self.avail.at(offset, 2)?;
         // Orders the store of the used index before the load of what the driver wants. The driver does the opposite
         // before it sleeps; with less than a full fence both could miss each other.
         fence(Ordering::SeqCst);
-        let wanted = avail.load_u16(at, Ordering::Relaxed);
+        let wanted = avail.load_u16(0, Ordering::Relaxed);
         self.state.untold = Some(0);
         Ok(match notifications {
             Notifications::Flags => wanted & SPLIT_SILENT == 0,
@@ -227,8 +228,8 @@ impl<V: Visit> Open<'_, '_, V> {
         match self.state.notifications {
             Notifications::Flags => self.set_flags(0)?,
             Notifications::EventIdx => {
-                let (used, at) = self.used.at(used::avail_event(self.state.size), 2)?;
-                used.store_u16(at, self.state.next, Ordering::Relaxed);
+                let event = self.used.at(used::avail_event(self.state.size), 2)?;
+                event.store_u16(0, self.state.next, Ordering::Relaxed);
             }
         }
         // Orders the store above before the load of the avail index in `look`: the driver does the opposite, so
@@ -238,8 +239,7 @@ impl<V: Visit> Open<'_, '_, V> {
     }
 
     fn set_flags(&mut self, flags: u16) -> Result<(), RingStop> {
-        let (used, at) = self.used.at(used::FLAGS, 2)?;
-        used.store_u16(at, flags, Ordering::Relaxed);
+        self.used.at(used::FLAGS, 2)?.store_u16(0, flags, Ordering::Relaxed);
         Ok(())
     }
 }

@@ -3,7 +3,8 @@
 use super::{Chains, IndirectTable, RingMemory, Used, access_flag};
 use crate::cursor::Cursor;
 use crate::wire::{
-    DESCRIPTOR, EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, INDIRECT, NEXT, Raw, packed, packed_event_passed, store_words,
+    DESCRIPTOR, EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, INDIRECT, NEXT, Raw, descriptor, packed, packed_event_passed,
+    store_words,
 };
 use crate::{Descriptor, DeviceError, Notifications, RingArea};
 use alloc::boxed::Box;
@@ -66,7 +67,7 @@ impl Ring {
                 for (number, buffer) in buffers.iter().enumerate() {
                     // The id and all other flags mean nothing here (§2.8.7).
                     let raw = Raw { addr: buffer.addr, len: buffer.len, flags: access_flag(buffer), link: 0 };
-                    store_words(&table.memory, DESCRIPTOR as usize * number, raw.packed_words());
+                    store_words(&table.memory, number as u16, raw.packed_words());
                 }
                 // As many as fit a queue, so their length fits too.
                 let len = DESCRIPTOR * buffers.len() as u32;
@@ -93,23 +94,23 @@ impl Ring {
     /// Writes a descriptor; of the first since the last publication all but the flags.
     #[inline]
     fn put(&mut self, descriptors: &HostSlice<'_>, at: Cursor, raw: Raw) {
-        let offset = DESCRIPTOR as usize * usize::from(at.index);
         if self.first.is_some() {
-            store_words(descriptors, offset, raw.packed_words());
+            store_words(descriptors, at.index, raw.packed_words());
             return;
         }
         self.first = Some((at.index, raw.flags));
-        descriptors.store_u64(offset, raw.addr.0, Ordering::Relaxed);
-        descriptors.store_u32(offset + packed::LEN, raw.len, Ordering::Relaxed);
-        descriptors.store_u16(offset + packed::ID, raw.link, Ordering::Relaxed);
+        let descriptor = descriptor(descriptors, at.index);
+        descriptor.store_u64(0, raw.addr.0, Ordering::Relaxed);
+        descriptor.store_u32(packed::LEN, raw.len, Ordering::Relaxed);
+        descriptor.store_u16(packed::ID, raw.link, Ordering::Relaxed);
     }
 
     #[inline]
     pub(super) fn publish<M: RingMemory>(&mut self, memory: &M) {
         let Some((index, flags)) = self.first.take() else { return };
-        let offset = DESCRIPTOR as usize * usize::from(index) + packed::FLAGS;
+        let descriptor = descriptor(&memory.area(RingArea::Descriptors), index);
         // Release: orders the stores of the whole batch, and of the buffers behind it, before this one.
-        memory.area(RingArea::Descriptors).store_u16(offset, flags, Ordering::Release);
+        descriptor.store_u16(packed::FLAGS, flags, Ordering::Release);
         self.published = self.added;
         self.untold = self.untold.saturating_add(self.unpublished);
         self.unpublished = 0;
@@ -146,10 +147,9 @@ impl Ring {
         if !self.look(memory, chains)? {
             return Ok(None);
         }
-        let (descriptors, at) =
-            (memory.area(RingArea::Descriptors), DESCRIPTOR as usize * usize::from(self.taken.index));
-        let id = descriptors.load_u16(at + packed::ID, Ordering::Relaxed);
-        let written = descriptors.load_u32(at + packed::LEN, Ordering::Relaxed);
+        let descriptor = descriptor(&memory.area(RingArea::Descriptors), self.taken.index);
+        let id = descriptor.load_u16(packed::ID, Ordering::Relaxed);
+        let written = descriptor.load_u32(packed::LEN, Ordering::Relaxed);
         let (used, entries) = chains.take(id.into(), written)?;
         self.links[usize::from(id)] = self.free;
         self.free = id;
@@ -160,9 +160,9 @@ impl Ring {
     /// Whether there is something to take.
     #[inline]
     fn look<M: RingMemory>(&self, memory: &M, chains: &Chains) -> Result<bool, DeviceError> {
-        let at = DESCRIPTOR as usize * usize::from(self.taken.index) + packed::FLAGS;
+        let descriptor = descriptor(&memory.area(RingArea::Descriptors), self.taken.index);
         // Acquire: orders this load before those of the rest, and of the buffers that came back.
-        let flags = memory.area(RingArea::Descriptors).load_u16(at, Ordering::Acquire);
+        let flags = descriptor.load_u16(packed::FLAGS, Ordering::Acquire);
         match (self.taken.is_used(flags), chains.under_way) {
             (false, _) => Ok(false),
             (true, 0) => Err(DeviceError::NothingUnderWay),

@@ -51,7 +51,7 @@ impl Ring {
                 // As many as fit a queue, so their length fits too.
                 let len = DESCRIPTOR * buffers.len() as u32;
                 let raw = Raw { addr: table.addr, len, flags: INDIRECT, link: 0 };
-                store_words(&descriptors, at(head), raw.split_words());
+                store_words(&descriptors, head, raw.split_words());
                 self.free = self.links[usize::from(head)];
             }
             None => write_chain(&descriptors, buffers, |_| {
@@ -177,11 +177,6 @@ fn write_chain(table: &HostSlice<'_>, buffers: &[Descriptor], mut place: impl Fn
         let (index, next) = place(number as u16);
         let (flags, link) = if number == last { (0, 0) } else { (NEXT, next) };
         let raw = Raw { addr: buffer.addr, len: buffer.len, flags: flags | access_flag(buffer), link };
-        store_words(table, at(index), raw.split_words());
+        store_words(table, index, raw.split_words());
     }
-}
-
-#[inline]
-fn at(index: u16) -> usize {
-    DESCRIPTOR as usize * usize::from(index)
 }

@@ -1,9 +1,7 @@
 //! Memory that is strict: each area has its own rights, each page may lie elsewhere, and each may be missing for a while.
 
 use proptest::prelude::*;
-use ringfence_dma::{
-    Access, BusAddr, Fault, FaultReason, HostSlice, Miss, Permission, Ram, Stop, Ticket, Visit,
-};
+use ringfence_dma::{Access, BusAddr, Fault, FaultReason, HostSlice, Miss, Permission, Ram, Stop, Ticket, Visit};
 use ringfence_ring::{Format, Indirect, IndirectTable, Layout, Notifications, RingArea, RingSlices, Rules};
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -23,7 +21,7 @@ pub(crate) enum Kind {
     Flat,
     /// Each page elsewhere.
     Scattered,
-    /// As before, and each page is missing this often before it resolves.
+    /// As before, and each page is missing this often before it resolves, or once or twice more than its neighbour.
     Missing(u8),
 }
 
@@ -53,9 +51,9 @@ struct Region {
 impl World {
     /// `skew` shifts the areas within their pages.
     pub(crate) fn new(kind: Kind, rules: Rules, size: u16, skew: usize) -> Self {
-        let mut end = 0;
+        let mut end = 0usize;
         let mut region = |len: usize, align: usize, permission| {
-            let start = (end + PAGE - 1) / PAGE * PAGE + skew * align % PAGE;
+            let start = end.next_multiple_of(PAGE) + skew * align % PAGE;
             end = start + len;
             Region { offsets: start..end, permission }
         };
@@ -74,8 +72,7 @@ impl World {
         let regions = [descriptors, driver, device, tables];
         let pages = end.div_ceil(PAGE);
         let at = |region: &Region| BusAddr(BUS + region.offsets.start as u64);
-        let layout =
-            Layout { size, descriptors: at(&regions[0]), driver: at(&regions[1]), device: at(&regions[2]) };
+        let layout = Layout { size, descriptors: at(&regions[0]), driver: at(&regions[1]), device: at(&regions[2]) };
         let world = Self {
             kind,
             rules,
@@ -150,7 +147,9 @@ impl World {
     /// Takes all translations away.
     pub(crate) fn flush(&self) {
         if let Kind::Missing(times) = self.kind {
-            self.missing.borrow_mut().fill(times);
+            for (page, missing) in self.missing.borrow_mut().iter_mut().enumerate() {
+                *missing = times + page as u8 % 3;
+            }
         }
     }
 
@@ -160,9 +159,10 @@ impl World {
         assert!(asked.is_none_or(|Ticket(ticket)| ticket < self.tickets.get()), "a ticket that was never given");
         let fault = |reason| Stop::Fault(Fault { addr, access, reason });
         let offset = addr.0.checked_sub(BUS).and_then(|offset| usize::try_from(offset).ok());
-        let region = self.regions.iter().find_map(|region| {
-            offset.filter(|offset| region.offsets.contains(offset)).map(|offset| (offset, region))
-        });
+        let region = self
+            .regions
+            .iter()
+            .find_map(|region| offset.filter(|offset| region.offsets.contains(offset)).map(|offset| (offset, region)));
         let (offset, region) = region.ok_or(fault(FaultReason::Unmapped))?;
         if !region.permission.allows(access) {
             return Err(fault(FaultReason::Forbidden));
@@ -186,7 +186,7 @@ impl World {
     }
 }
 
-impl Visit for &World {
+impl Visit for World {
     type Lease = ();
 
     fn resolve(&self, addr: BusAddr, len: usize, access: Access, asked: Option<Ticket>) -> Result<HostSlice<'_>, Stop> {
@@ -200,9 +200,11 @@ impl Visit for &World {
 pub(crate) fn all_rules() -> impl Iterator<Item = Rules> {
     [Format::Split, Format::Packed].into_iter().flat_map(|format| {
         [Notifications::Flags, Notifications::EventIdx].into_iter().flat_map(move |notifications| {
-            [Indirect::Refused, Indirect::Allowed]
-                .into_iter()
-                .map(move |indirect| Rules { format, notifications, indirect })
+            [Indirect::Refused, Indirect::Allowed].into_iter().map(move |indirect| Rules {
+                format,
+                notifications,
+                indirect,
+            })
         })
     })
 }

@@ -66,7 +66,7 @@ pub enum Request<F = OwnedFd> {
         index: u32,
         num: u32,
     },
-    /// `offset + size` is at most 4096.
+    /// `offset + size` is at most 4096, and no more is asked for than a message holds.
     GetConfig {
         offset: u32,
         size: u32,
@@ -298,6 +298,9 @@ impl<F: AsFd> Request<F> {
     }
 
     /// The message as it travels.
+    ///
+    /// # Panics
+    /// For more regions, or more configuration, than a message holds: our own mistake.
     pub fn encode(&self, need_reply: NeedReply) -> Frame<'_> {
         let frame = |body: &[u8]| Frame::new(self.code().number(), Kind::Request, need_reply, body);
         let state = |index: u32, num: u32| frame(RawVringState { index, num }.as_bytes());

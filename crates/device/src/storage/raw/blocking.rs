@@ -75,14 +75,15 @@ pub(super) unsafe fn make_now(image: &Image, call: Call<'_>) -> Option<i32> {
         return None;
     }
     // SAFETY: by this function's own contract.
-    match -unsafe { make(image, call, libc::RWF_NOWAIT) } {
+    let result = unsafe { make(image, call, libc::RWF_NOWAIT) };
+    match -result {
+        ..=0 => Some(result),
         libc::EOPNOTSUPP | libc::ENOSYS => {
             unsupported.store(true, Ordering::Relaxed);
             None
         }
-        // The ring finds any other error again, if it is one.
-        1.. => None,
-        count => Some(-count),
+        // EAGAIN: it would have to wait. The ring finds any other error again, if it is one.
+        _ => None,
     }
 }
 

@@ -169,12 +169,8 @@ fn device_units(file: &File) -> io::Result<Units> {
 
 /// Whether the file system keeps its files nowhere but in memory.
 fn lives_in_memory(file: &File) -> bool {
-    // SAFETY: all zeroes is a `statfs`.
-    let mut about: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: fills in the structure.
-    let answer = unsafe { libc::fstatfs(file.as_raw_fd(), &mut about) };
-    const RAMFS_MAGIC: libc::c_long = 0x8584_58f6;
-    answer == 0 && (about.f_type == libc::TMPFS_MAGIC || about.f_type == RAMFS_MAGIC)
+    const RAMFS_MAGIC: i64 = 0x8584_58f6;
+    rustix::fs::fstatfs(file).is_ok_and(|about| [libc::TMPFS_MAGIC, RAMFS_MAGIC].contains(&about.f_type))
 }
 
 #[cfg(test)]
@@ -523,8 +519,7 @@ mod tests {
         let content: Vec<u8> = (0..LEN).map(|at| (at / 512) as u8).collect();
         file.write_all(&content).unwrap();
         file.as_file().sync_all().unwrap();
-        // SAFETY: takes no memory.
-        unsafe { libc::posix_fadvise(file.as_file().as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
         let mut driver = driver(&open(&file), LEN);
         for (offset, len) in [(4096, 4096), (8192 - 512, 1 << 20), (0, LEN)] {
             assert!(driver.read(offset as u64, len).unwrap() == content[offset..offset + len], "{len} at {offset}");

@@ -17,8 +17,11 @@ const IMAGE: types::Fixed = types::Fixed(0);
 /// Marks the completion of an attempt to cancel; below it is the token.
 const CANCELLATION: u64 = 1 << 16;
 
-/// The longest submission queue that the kernel allows.
+/// The longest submission queue that the kernel allows, and the longest virtqueue.
 const MAX_ENTRIES: u32 = 1 << 15;
+
+/// Copying more bytes than this would keep all others waiting; a thread of the kernel's may do it.
+const LONGEST_NOW: u64 = 1 << 20;
 
 /// How often a full kernel is asked again where nothing is under way that would make room by ending.
 const MAX_REFUSALS: u32 = 100;
@@ -54,7 +57,8 @@ enum State {
 
 impl RingQueue {
     pub(super) fn new(image: Arc<Image>, depth: u16) -> io::Result<Self> {
-        let entries = u32::from(depth).next_power_of_two().min(MAX_ENTRIES);
+        let entries = u32::from(depth).next_power_of_two();
+        assert!(entries <= MAX_ENTRIES, "a depth of {depth}, which no virtqueue has");
         let ring = IoUring::builder().dontfork().setup_cqsize(entries * 2).build(entries)?;
         ring.submitter().register_files(&[image.file.as_raw_fd()])?;
         let slots = (0..depth).map(|_| Slot { work: Work::new(), state: State::Idle }).collect();
@@ -147,12 +151,14 @@ impl StorageQueue for RingQueue {
         if let Next::End(result) = slot.work.begin(&self.image, operation, pieces, len) {
             return Started::Done(result);
         }
-        // A file in memory may take several calls, for as many pieces; each moves bytes.
-        // SAFETY: the pieces are good by this function's own contract.
-        while let Some(result) = unsafe { make_now(&self.image, slot.work.call()) } {
-            // SAFETY: as above.
-            if let Next::End(result) = unsafe { slot.work.returned(&self.image, result) } {
-                return Started::Done(result);
+        if len <= LONGEST_NOW {
+            // May take several calls, for many pieces; each moves bytes, or counts as a stall.
+            // SAFETY: the pieces are good by this function's own contract.
+            while let Some(result) = unsafe { make_now(&self.image, slot.work.call()) } {
+                // SAFETY: as above.
+                if let Next::End(result) = unsafe { slot.work.returned(&self.image, result) } {
+                    return Started::Done(result);
+                }
             }
         }
         slot.state = State::UnderWay;
@@ -234,6 +240,8 @@ impl Drop for RingQueue {
             }
             self.reap(&mut |_, _| {});
         }
+        // A ring that was closed keeps its files for some milliseconds, and a device could not be detached meanwhile.
+        let _ = self.ring.submitter().unregister_files();
     }
 }
 

@@ -1,14 +1,12 @@
 //! Bringing a device up, and being turned away, by §3.1.1.
 
-mod world;
-
+use crate::world::*;
 use ringfence_dma::{DmaError, Mapper};
 use ringfence_driver::blk::{Blk, Options};
 use ringfence_driver::embedded::{Embedded, EmbeddedError};
 use ringfence_driver::policy::{Addressing, Allow, DriverPolicy, Identity, IommuMode, Platform, Refusal, Taken};
 use ringfence_driver::{DeviceStatus, Host, StartError, Transport};
 use ringfence_ring::Layout;
-use world::*;
 
 /// Writes down what the driver does, and lies where it is told to.
 struct Recorder {
@@ -324,4 +322,9 @@ fn what_was_agreed_on_can_not_be_taken_back() {
     transport.take(Taken { features: VERSION_1, addressing: Addressing::Physical }).unwrap();
     transport.set_status(DeviceStatus::FEATURES_OK).unwrap();
     assert_eq!(transport.accepted(), Some(Ok(Addressing::Translated)));
+    let at = |page: u64| ringfence_dma::BusAddr(page * 4096);
+    transport.start_queue(0, &Layout { size: 16, descriptors: at(0), driver: at(1), device: at(2) }).unwrap();
+    transport.set_status(DeviceStatus::FEATURES_OK | DeviceStatus::DRIVER_OK).unwrap();
+    assert_eq!(transport.device().taken, Some(features));
+    assert_eq!(transport.device().addressing, Some(Addressing::Translated));
 }

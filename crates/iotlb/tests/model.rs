@@ -1,0 +1,193 @@
+//! The cache against a list of ranges: what it finds is right, and what was removed is gone.
+#![cfg(not(loom))]
+
+use proptest::prelude::*;
+use ringfence_dma::{Access, BusAddr, Memory, Permission, Stop, Visit};
+use ringfence_iotlb::{Ask, Iotlb, Options, Question, Unmapped, Wake};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+struct Nobody;
+
+impl Ask for Nobody {
+    fn ask(&self, _: &[Question]) {}
+}
+
+impl Wake for Nobody {
+    fn wake(&self) {}
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Update { first: u64, last: u64, host: usize, permission: Permission },
+    Invalidate { first: u64, last: u64 },
+    Look { addr: u64 },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Mapping {
+    first: u64,
+    last: u64,
+    host: usize,
+    permission: Permission,
+}
+
+impl Mapping {
+    fn overlaps(&self, first: u64, last: u64) -> bool {
+        self.first <= last && first <= self.last
+    }
+}
+
+/// Places where mappings meet: page and granule borders, zero, the top of the space.
+fn address() -> impl Strategy<Value = u64> {
+    let place = prop_oneof![
+        Just(0),
+        Just(u64::MAX),
+        Just(0xfef0_0000),
+        Just(1 << 24),
+        Just(0x800_0000_0456_0000),
+        Just(1 << 60),
+        Just(0xf000_0000_0000_0000)
+    ];
+    let offset = prop_oneof![
+        -3i64..=3,
+        (-20i64..=20).prop_map(|pages| pages * 4096),
+        (-5i64..=5).prop_map(|pages| pages * 4096 - 1),
+        (-4i64..=4).prop_map(|granules| granules << 24),
+    ];
+    (place, offset).prop_map(|(place, offset)| place.saturating_add_signed(offset))
+}
+
+fn range() -> impl Strategy<Value = (u64, u64)> {
+    let page = (address(), prop_oneof![Just(0), Just(12), Just(16), Just(18), Just(21), Just(24), Just(49)])
+        .prop_map(|(addr, shift)| (addr >> shift << shift, (addr >> shift << shift) + ((1 << shift) - 1)));
+    let any = (address(), address()).prop_map(|(a, b)| (a.min(b), a.max(b)));
+    let short = (address(), 0u64..100).prop_map(|(a, more)| (a, a.saturating_add(more)));
+    prop_oneof![4 => page, 2 => any, 2 => short, 1 => Just((0, u64::MAX))]
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let permission = prop_oneof![
+        1 => Just(Permission::ReadOnly),
+        1 => Just(Permission::WriteOnly),
+        4 => Just(Permission::ReadWrite)
+    ];
+    // A few hosts, so that the same mapping comes twice; one beyond what fits a word.
+    let host = prop_oneof![Just(0x7000_0000_1000), Just(0x7000_0000_2001), Just(0x0123_4567_0000_0000)];
+    prop_oneof![
+        4 => (range(), host, permission)
+            .prop_map(|((first, last), host, permission)| Step::Update { first, last, host, permission }),
+        2 => range().prop_map(|(first, last)| Step::Invalidate { first, last }),
+        4 => address().prop_map(|addr| Step::Look { addr }),
+    ]
+}
+
+fn check(iotlb: &Arc<Iotlb>, model: &mut Vec<Mapping>, steps: &[Step], exact: bool) {
+    let mut view = iotlb.view(Arc::new(Nobody));
+    let mut look = |addr: u64, model: &[Mapping]| {
+        let expected = model.iter().find(|mapping| mapping.overlaps(addr, addr));
+        for access in [Access::Read, Access::Write] {
+            let visit = view.visit();
+            let found = visit.resolve(BusAddr(addr), usize::MAX, access, None);
+            match (found, expected) {
+                (Ok(slice), Some(mapping)) => {
+                    assert!(mapping.permission.allows(access));
+                    assert_eq!(slice.as_ptr().addr(), mapping.host.wrapping_add((addr - mapping.first) as usize));
+                    let rest = ((mapping.last - addr) as usize).saturating_add(1);
+                    assert_eq!(slice.len(), rest);
+                }
+                (Ok(slice), None) => panic!("{addr:#x} is at {:p} and should be nowhere", slice.as_ptr()),
+                (Err(Stop::Miss(_)), Some(mapping)) => assert!(!exact || !mapping.permission.allows(access)),
+                (Err(Stop::Miss(_)), None) => {}
+                (Err(Stop::Fault(fault)), _) => panic!("{fault}"),
+            }
+        }
+    };
+    for &step in steps {
+        match step {
+            Step::Update { first, last, host, permission } => {
+                model.retain(|mapping| !mapping.overlaps(first, last));
+                model.push(Mapping { first, last, host, permission });
+                let target = NonNull::new(std::ptr::without_provenance_mut(host)).unwrap();
+                // SAFETY: no memory at all, and what is resolved is only looked at.
+                unsafe { iotlb.update(BusAddr(first), BusAddr(last), target, permission) }.unwrap().wait();
+                look(first, model);
+                look(last, model);
+            }
+            Step::Invalidate { first, last } => {
+                model.retain(|mapping| !mapping.overlaps(first, last));
+                iotlb.invalidate(BusAddr(first), BusAddr(last)).wait();
+                look(first, model);
+                look(last, model);
+            }
+            Step::Look { addr } => look(addr, model),
+        }
+        for mapping in model.iter() {
+            for at in [mapping.first, mapping.last, mapping.first.midpoint(mapping.last)] {
+                look(at, model);
+            }
+            for at in [mapping.first.saturating_sub(1), mapping.last.saturating_add(1)] {
+                look(at, model);
+            }
+        }
+        let mappings = iotlb.statistics().mappings;
+        if exact {
+            assert_eq!(mappings, model.len() as u64);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn finds_what_a_list_of_ranges_finds(steps in prop::collection::vec(step(), 1..60)) {
+        let iotlb = Iotlb::new(Unmapped::Ask(Arc::new(Nobody)), Options::default());
+        check(&iotlb, &mut Vec::new(), &steps, true);
+        iotlb.clear().wait();
+        prop_assert_eq!((iotlb.statistics().mappings, iotlb.statistics().bytes), (0, 0));
+    }
+
+    #[test]
+    fn a_small_cache_forgets_and_never_lies(steps in prop::collection::vec(step(), 1..60), capacity in 1usize..5) {
+        let iotlb = Iotlb::new(Unmapped::Ask(Arc::new(Nobody)), Options { capacity, ..Options::default() });
+        check(&iotlb, &mut Vec::new(), &steps, false);
+        prop_assert!(iotlb.statistics().mappings <= capacity as u64);
+    }
+}
+
+/// Enough of them to rebuild the table, to fill leaves and to go around more than once.
+#[test]
+fn many_pages_come_and_go() {
+    for capacity in [1 << 20, 5000] {
+        let iotlb = Iotlb::new(Unmapped::Ask(Arc::new(Nobody)), Options { capacity, ..Options::default() });
+        let mut view = iotlb.view(Arc::new(Nobody));
+        let target = |page: u64| NonNull::new(std::ptr::without_provenance_mut(page as usize | 0x5)).unwrap();
+        let pages: Vec<u64> = (0..20_000u64)
+            .map(|i| if i % 2 == 0 { i << 12 } else { i.wrapping_mul(0x9e37_79b9_7f4a_7c15) & !4095 })
+            .collect();
+        for &page in &pages {
+            let last = BusAddr(page).last(4096).unwrap();
+            // SAFETY: no memory at all, and what is resolved is only looked at.
+            unsafe { iotlb.update(BusAddr(page), last, target(page), Permission::ReadWrite) }.unwrap().wait();
+            let seen = iotlb.statistics();
+            assert!(seen.mappings <= capacity as u64 && seen.bytes <= capacity as u64 * 128 + 4096, "{seen:?}");
+        }
+        let mut found = 0;
+        for &page in &pages {
+            let visit = view.visit();
+            if let Ok(slice) = visit.resolve(BusAddr(page + 5), 10, Access::Write, None) {
+                assert_eq!(slice.as_ptr().addr() as u64, (page | 0x5) + 5);
+                found += 1;
+            }
+        }
+        assert_eq!(found, iotlb.statistics().mappings);
+        if capacity > pages.len() {
+            assert_eq!(found, pages.len() as u64);
+        }
+        for &page in &pages {
+            iotlb.invalidate(BusAddr(page), BusAddr(page | 4095)).wait();
+        }
+        assert_eq!(iotlb.statistics().mappings, 0);
+    }
+}
