@@ -174,6 +174,38 @@ fn slots_that_are_used_again_hide_no_lease() {
     }
 }
 
+/// As above, with a lease that another thread ends while the next is taken.
+#[test]
+fn a_slot_that_another_thread_gave_back_hides_no_lease() {
+    check(AtMost(2), || {
+        let (world, iotlb) = (World::new(), cache());
+        map(&iotlb, PAGE, 0);
+        let mut view = iotlb.view(Arc::new(Nobody));
+        let leased = {
+            let visit = view.visit();
+            visit.resolve(PAGE, 8, Access::Read, None).unwrap();
+            visit.lease(&[(PAGE, 8)])
+        };
+        let storage = thread::spawn({
+            let world = LoomArc::clone(&world);
+            move || {
+                world.touch(0);
+                drop(leased);
+            }
+        });
+        let queue = thread::spawn(move || {
+            let visit = view.visit();
+            let lease = visit.lease(&[(OTHER, 8)]);
+            drop(visit);
+            drop(lease);
+        });
+        iotlb.invalidate(PAGE, LAST).wait();
+        world.give_away(0);
+        storage.join().unwrap();
+        queue.join().unwrap();
+    });
+}
+
 #[test]
 fn an_update_over_a_mapping_is_a_removal_too() {
     check(AtMost(3), || {

@@ -149,6 +149,24 @@ fn a_page_that_is_mapped_elsewhere_is_found_there() {
 }
 
 #[test]
+fn a_page_that_was_evicted_and_is_mapped_elsewhere_is_found_there() {
+    let ram = Ram::new(3 * PAGE as usize);
+    let frontend = Arc::new(Frontend::default());
+    let options = Options { capacity: 1, replies: Replies::Each };
+    let iotlb = Iotlb::new(Unmapped::Ask(Arc::clone(&frontend) as _), options);
+    let mut view = iotlb.view(frontend);
+    for (number, page, evictions) in [(0, 0, 0), (1, 1, 1), (0, 2, 2)] {
+        let target = NonNull::new(ram.slice(page * PAGE as usize, 1).as_ptr()).unwrap();
+        // SAFETY: `ram` outlives the view.
+        let fence = unsafe { iotlb.update(at(number), at(number).last(PAGE).unwrap(), target, Permission::ReadOnly) };
+        fence.unwrap().wait();
+        let visit = view.visit();
+        assert_eq!(visit.resolve(at(number), 1, Access::Read, None).unwrap().as_ptr(), target.as_ptr());
+        assert_eq!(iotlb.statistics().evictions, evictions);
+    }
+}
+
+#[test]
 fn a_fence_waits_for_what_overlaps_and_nothing_else() {
     let mut world = World::new();
     for i in 0..4 {

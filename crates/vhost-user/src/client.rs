@@ -9,6 +9,7 @@
 //! wait is longer than [`Options::timeout`]. What it does to the memory that it was given is another matter: see the
 //! driver's side.
 
+mod domain;
 mod iotlb;
 mod transport;
 

@@ -4,23 +4,19 @@ use super::checks::Row;
 use super::server::Server;
 use anyhow::{Context, anyhow, bail, ensure};
 use indicatif::ProgressBar;
-use ringfence_dma::{
-    Buffer, BusAddr, DmaError, FromDevice, FrontendVa, Gpa, HostSlice, Mapped, Mapper, Permission, Streaming,
-};
+use ringfence_dma::{Buffer, DmaError, FromDevice, FrontendVa, Gpa, HostSlice, Mapped, Mapper, Permission, Streaming};
 use ringfence_driver::blk::{Blk, BlkError, Options, RequestError, SECTOR};
 use ringfence_driver::mapper::{Bounce, Direct, Premapped};
 use ringfence_driver::policy::{DriverPolicy, Platform};
 use ringfence_driver::{Host, StartError};
 use ringfence_hostmem::{Placement, SharedMemory};
-use ringfence_iommu::{Domain, Invalidate, Strict, Window};
-use ringfence_vhost_user::client::{
-    self, Attachment, Frontend, FrontendTransport, Translation, Translator, TransportError,
-};
+use ringfence_iommu::{Domain, Strict, Window};
+use ringfence_vhost_user::client::{self, Attachment, Frontend, FrontendTransport, TransportError};
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How a driver's memory is lent to the device.
@@ -67,35 +63,6 @@ pub(super) struct World {
     domain: Arc<Domain>,
 }
 
-/// Answers misses a page at a time, as VMMs do, from the IOMMU's mappings.
-struct Pages {
-    domain: Arc<Domain>,
-    base: FrontendVa,
-}
-
-impl Translator for Pages {
-    fn translate(&self, iova: BusAddr, _perm: Permission) -> Option<Translation> {
-        let mapping = self.domain.lookup(iova)?;
-        let page = iova.0 - iova.0 % PAGE as u64;
-        let uaddr = FrontendVa(self.base.0 + mapping.gpa.0 + (page - mapping.addr.0));
-        Some(Translation { iova: BusAddr(page), size: PAGE as u64, uaddr, perm: mapping.permission })
-    }
-}
-
-/// Has the device forget what the IOMMU takes away. The front-end holds the IOMMU, so not the other way round too.
-struct Forget(Weak<Frontend>);
-
-impl Invalidate for Forget {
-    fn invalidate(&self, addr: BusAddr, len: u64) {
-        if let (Some(frontend), Some(range)) = (self.0.upgrade(), client::range(addr, len))
-            && let Err(error) = frontend.invalidate(range)
-        {
-            // A device that is gone has forgotten.
-            tracing::debug!("invalidation not acknowledged: {error}");
-        }
-    }
-}
-
 type Disk<'a, M> = Blk<'a, FrontendTransport, M>;
 
 impl World {
@@ -106,8 +73,7 @@ impl World {
         let frontend = Arc::new(Frontend::connect(server.socket(), client::Options::default())?);
         let placement = Placement { gpa: Gpa(0), frontend_va: base, size: MEMORY as u64, offset: 0 };
         frontend.set_memory(&[(placement, memory.as_fd())])?;
-        let domain = Arc::new(Domain::watched(Window::HIGH, Forget(Arc::downgrade(&frontend))));
-        frontend.serve_iotlb(Arc::new(Pages { domain: Arc::clone(&domain), base }))?;
+        let domain = frontend.serve_domain(Window::HIGH, base)?;
         Ok(Self { frontend, memory, domain })
     }
 

@@ -43,11 +43,12 @@ pub struct FrontendTransport {
     format: Format,
     /// Set features were turned down: the device is gone for good, and FEATURES_OK stays clear.
     refused: bool,
-    queues: Vec<(u16, Bells)>,
+    queues: Vec<(u16, Queue)>,
 }
 
 #[derive(Debug)]
-struct Bells {
+struct Queue {
+    layout: Layout,
     kick: OwnedFd,
     call: OwnedFd,
 }
@@ -99,9 +100,37 @@ impl FrontendTransport {
         &self.frontend
     }
 
-    fn bells(&self, queue: u16) -> Result<&Bells, TransportError> {
+    /// Stops a queue as a VMM does when its guest is paused, and says where it was.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub fn pause(&mut self, queue: u16) -> Result<u32, TransportError> {
+        self.queue(queue)?;
+        Ok(self.frontend.stop_vring(queue as u8)?)
+    }
+
+    /// Has a paused queue go on at `base`.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub fn resume(&mut self, queue: u16, base: u32) -> Result<(), TransportError> {
+        let Queue { layout, kick, call } = self.queue(queue)?;
+        self.frontend.start_vring(&Vring {
+            index: queue as u8,
+            size: layout.size,
+            base,
+            descriptor: self.ring_address(layout.descriptors.0)?,
+            available: self.ring_address(layout.driver.0)?,
+            used: self.ring_address(layout.device.0)?,
+            kick: Some(kick.as_fd()),
+            call: Some(call.as_fd()),
+        })?;
+        Ok(())
+    }
+
+    fn queue(&self, queue: u16) -> Result<&Queue, TransportError> {
         let found = self.queues.iter().find(|(index, _)| *index == queue);
-        found.map(|(_, bells)| bells).ok_or(TransportError::NotStarted { queue })
+        found.map(|(_, state)| state).ok_or(TransportError::NotStarted { queue })
     }
 
     /// A ring's address as the back-end wants it: a bus address where it translates, else one of the memory table.
@@ -181,34 +210,23 @@ impl Transport for FrontendTransport {
 
     fn start_queue(&mut self, queue: u16, layout: &Layout) -> Result<(), TransportError> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let bells = Bells { kick: eventfd(0, flags)?, call: eventfd(0, flags)? };
-        self.frontend.start_vring(&Vring {
-            index: queue as u8,
-            size: layout.size,
-            base: Position::start(self.format).vring_base(self.format),
-            descriptor: self.ring_address(layout.descriptors.0)?,
-            available: self.ring_address(layout.driver.0)?,
-            used: self.ring_address(layout.device.0)?,
-            kick: Some(bells.kick.as_fd()),
-            call: Some(bells.call.as_fd()),
-        })?;
-        self.queues.push((queue, bells));
-        Ok(())
+        self.queues.push((queue, Queue { layout: *layout, kick: eventfd(0, flags)?, call: eventfd(0, flags)? }));
+        self.resume(queue, Position::start(self.format).vring_base(self.format))
     }
 
     fn notify(&mut self, queue: u16) -> Result<(), TransportError> {
-        rustix::io::write(&self.bells(queue)?.kick, &1u64.to_ne_bytes())?;
+        rustix::io::write(&self.queue(queue)?.kick, &1u64.to_ne_bytes())?;
         Ok(())
     }
 
     fn wait(&mut self, queue: u16) -> Result<(), TransportError> {
-        let bells = self.bells(queue)?;
+        let call = &self.queue(queue)?.call;
         let patience = self.attachment.patience;
         let timeout = Timespec::try_from(patience).ok();
-        match poll(&mut [PollFd::new(&bells.call, PollFlags::IN)], timeout.as_ref()) {
+        match poll(&mut [PollFd::new(call, PollFlags::IN)], timeout.as_ref()) {
             Ok(0) => Err(TransportError::Silent { queue, patience }),
             Ok(_) => {
-                let _ = rustix::io::read(&bells.call, &mut [0; 8]);
+                let _ = rustix::io::read(call, &mut [0; 8]);
                 Ok(())
             }
             Err(Errno::INTR) => Ok(()),

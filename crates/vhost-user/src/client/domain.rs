@@ -1,0 +1,49 @@
+//! A software IOMMU as a front-end's: its mappings answer misses, and what it takes away is invalidated.
+
+use super::{ClientError, Frontend, Translation, Translator, range};
+use ringfence_dma::{BusAddr, FrontendVa, Permission};
+use ringfence_iommu::{Domain, Invalidate, Window};
+use std::sync::{Arc, Weak};
+
+/// The size of a translation, as VMMs have it on x86 and arm64.
+const PAGE: u64 = 4096;
+
+impl Frontend {
+    /// Gives the device behind this front-end a domain of its own, in which nothing is mapped yet. `base` is where
+    /// guest-physical 0 is in the memory table. Misses are answered a page at a time.
+    ///
+    /// # Errors
+    /// As [`Frontend::serve_iotlb`].
+    pub fn serve_domain(self: &Arc<Self>, window: Window, base: FrontendVa) -> Result<Arc<Domain>, ClientError> {
+        let domain = Arc::new(Domain::watched(window, Forget(Arc::downgrade(self))));
+        self.serve_iotlb(Arc::new(Pages { domain: Arc::clone(&domain), base }))?;
+        Ok(domain)
+    }
+}
+
+struct Pages {
+    domain: Arc<Domain>,
+    base: FrontendVa,
+}
+
+impl Translator for Pages {
+    fn translate(&self, iova: BusAddr, _perm: Permission) -> Option<Translation> {
+        let mapping = self.domain.lookup(iova)?;
+        let page = iova.0 - iova.0 % PAGE;
+        let uaddr = self.base.checked_add(mapping.gpa.0 + (page - mapping.addr.0))?;
+        Some(Translation { iova: BusAddr(page), size: PAGE, uaddr, perm: mapping.permission })
+    }
+}
+
+/// The front-end's thread holds the domain, so the domain does not hold the front-end.
+struct Forget(Weak<Frontend>);
+
+impl Invalidate for Forget {
+    fn invalidate(&self, addr: BusAddr, len: u64) {
+        let (Some(frontend), Some(range)) = (self.0.upgrade(), range(addr, len)) else { return };
+        if let Err(error) = frontend.invalidate(range) {
+            // A device that has gone has forgotten.
+            tracing::debug!("invalidation not acknowledged: {error}");
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! The server and the front-end against each other, over real sockets and real memory.
+
+mod served;
+
+use ringfence_dma::{Access, BusAddr, FromDevice, Streaming};
+use ringfence_driver::StartError;
+use ringfence_driver::blk::Request;
+use ringfence_driver::mapper::{Direct, Premapped};
+use ringfence_iommu::Strict;
+use ringfence_policy::{Addressing, IommuMode};
+use served::{BUFFERS, Driver, Frontend, PAGE, RINGS, Served};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+/// Invariant 3, on the device's side: a driver that does not take the flag gets no ring where it is required, the next
+/// one is served, and one that takes it is translated.
+#[test]
+fn require_refuses_an_old_driver_and_serves_the_next() {
+    let served = Served::start(IommuMode::Require);
+    for _ in 0..3 {
+        let frontend = Frontend::connect(&served);
+        let direct = Direct::new(frontend.buffer(RINGS));
+        let refused = frontend.start(Driver::Old, &direct).err().expect("refused");
+        assert!(matches!(refused, StartError::FeaturesRefused { .. }), "{refused}");
+        drop(frontend);
+
+        let frontend = Frontend::connect(&served);
+        let strict = Strict::new(Arc::clone(&frontend.domain), frontend.buffer(RINGS));
+        let mut disk = frontend.start(Driver::New, &strict).unwrap();
+        assert_eq!(disk.device().addressing(), Addressing::Translated);
+        disk.write(0, &[frontend.buffer((BUFFERS.0, PAGE))]).unwrap();
+    }
+}
+
+/// Invariant 3, on the data path: once the flag is taken a physical address reaches nothing, though the server has all
+/// of the memory mapped.
+#[test]
+fn a_physical_address_reaches_nothing_once_the_flag_is_taken() {
+    let served = Served::start(IommuMode::Offer);
+    let frontend = Frontend::connect(&served);
+    let strict = Strict::new(Arc::clone(&frontend.domain), frontend.buffer(RINGS));
+    let lying = served::BuffersAreDirect { rings: &strict };
+    let mut disk = frontend.start(Driver::New, &lying).unwrap();
+    let buffer = frontend.buffer((BUFFERS.0, PAGE));
+    buffer.memory().fill(0x5a);
+    for _ in 0..20 {
+        served::assert_io_error(disk.read(0, &[buffer]));
+    }
+    assert_eq!(served::bytes(buffer), [0x5a; PAGE]);
+    drop(disk);
+    assert!(frontend.client.counters().denied > 0);
+    assert!(frontend.client.counters().access_fails > 0);
+}
+
+#[test]
+fn without_the_flag_addresses_are_physical_and_nothing_is_asked() {
+    let served = Served::start(IommuMode::Off);
+    let frontend = Frontend::connect(&served);
+    let direct = Direct::new(frontend.buffer(RINGS));
+    let mut disk = frontend.start(Driver::Old, &direct).unwrap();
+    frontend.write_and_read_back(&mut disk, 1);
+    drop(disk);
+    assert_eq!(frontend.client.counters().misses, 0);
+}
+
+#[test]
+fn a_mapping_that_is_made_anew_hundreds_of_times_is_the_new_one_each_time() {
+    let served = Served::start(IommuMode::Offer);
+    let frontend = Frontend::connect(&served);
+    let strict = Strict::new(Arc::clone(&frontend.domain), frontend.buffer(RINGS));
+    let mut disk = frontend.start(Driver::New, &strict).unwrap();
+    let invalidated = frontend.client.counters().invalidations;
+    for round in 0..200 {
+        frontend.write_and_read_back(&mut disk, round);
+    }
+    assert!(frontend.client.counters().invalidations >= invalidated + 200);
+    drop(disk);
+    assert_eq!(frontend.domain.mapped(), 0);
+}
+
+/// One page after the other is forbidden; what is next to it is not touched, and the next request is served.
+#[test]
+fn forbidden_pages_fail_their_request_alone() {
+    let served = Served::start(IommuMode::Offer);
+    let frontend = Frontend::connect(&served);
+    let strict = Strict::new(Arc::clone(&frontend.domain), frontend.buffer(RINGS));
+    let pages: Vec<_> = (0..8).map(|at| frontend.buffer((BUFFERS.0 + at * PAGE, PAGE))).collect();
+    for forbidden in &pages {
+        for access in [Access::Read, Access::Write] {
+            let mapper = served::Forbidding { inner: &strict, page: forbidden.physical(), access };
+            let mut disk = frontend.start(Driver::New, &mapper).unwrap();
+            pages.iter().for_each(|page| page.memory().fill(0xee));
+            let failed = match access {
+                Access::Read => disk.write(0, &pages),
+                Access::Write => disk.read(0, &pages),
+            };
+            served::assert_io_error(failed);
+            pages.iter().for_each(|&page| assert_eq!(served::bytes(page), [0xee; PAGE], "{access}"));
+            frontend.write_and_read_back_at(&mut disk, BUFFERS.0 + (1 << 20), 3);
+        }
+    }
+}
+
+/// A stop while requests wait for translations that nobody gives, as a VMM that is itself waiting for the stop can't.
+#[test]
+fn a_queue_stops_while_requests_wait_and_goes_on_with_them() {
+    let served = Served::start(IommuMode::Offer);
+    let frontend = Frontend::connect_slowly(&served, std::time::Duration::from_millis(150));
+    let all = frontend.buffer(BUFFERS);
+    let strict = Strict::new(Arc::clone(&frontend.domain), frontend.buffer(RINGS));
+    let fixed = Premapped::new(&strict, &[all], frontend.buffer((RINGS.0 + RINGS.1, RINGS.1))).unwrap();
+    let mut disk = frontend.start(Driver::New, &fixed).unwrap();
+    // The ring's own pages are there after this, so that what is asked for next is the requests'.
+    disk.read(0, &[all.sub(BUFFERS.1 - PAGE, PAGE)]).unwrap();
+    let before = frontend.client.counters();
+    let requests = 16;
+    for at in 0..requests {
+        disk.submit(Request::Read { sector: 8 * at, into: &[all.sub(at as usize * PAGE, PAGE)] }).unwrap();
+    }
+    disk.notify().unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert_eq!(frontend.client.counters().updates, before.updates, "nothing was answered yet");
+    let base = disk.device_mut().transport_mut().pause(0).unwrap();
+    disk.device_mut().transport_mut().resume(0, base).unwrap();
+    let mut done = 0;
+    while done < requests {
+        disk.wait().unwrap();
+        while let Some(completion) = disk.poll().unwrap() {
+            completion.result.unwrap();
+            done += 1;
+        }
+    }
+    let bus = Streaming::map(&fixed, all.sub(0, PAGE), FromDevice).unwrap().addr();
+    assert!(bus > BusAddr(1 << 63), "not a bus address: {bus}");
+}
+
+/// Whatever comes over the socket, the next front-end is served.
+#[test]
+fn garbage_ends_its_own_connection_alone() {
+    use std::io::Write;
+    let served = Served::start(IommuMode::Offer);
+    let mut state = 0x1234_5678_9abc_def1_u64;
+    for round in 0..64 {
+        let mut stream = UnixStream::connect(&served.socket).unwrap();
+        let mut bytes = vec![0_u8; 16 + round * 17];
+        for byte in &mut bytes {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            *byte = state as u8;
+        }
+        // Some look like messages: a number that exists, the right version, a length that fits.
+        if round % 2 == 0 {
+            bytes[..4].copy_from_slice(&(round as u32 / 2 + 1).to_ne_bytes());
+            bytes[4..8].copy_from_slice(&9_u32.to_ne_bytes());
+            let len = bytes.len() as u32 - 12;
+            bytes[8..12].copy_from_slice(&len.to_ne_bytes());
+        }
+        // The server may have hung up already.
+        let _ = stream.write_all(&bytes);
+    }
+    let frontend = Frontend::connect(&served);
+    let strict = Strict::new(Arc::clone(&frontend.domain), frontend.buffer(RINGS));
+    frontend.write_and_read_back(&mut frontend.start(Driver::New, &strict).unwrap(), 9);
+}
