@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod arrows;
 mod bit33;
 mod guests;
 mod no_std;
@@ -112,6 +113,7 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     const DENY: &str = "-D warnings";
     steps.cargo("formatting", &["fmt", "--all", "--", "--check"], &[])?;
     steps.step("bit 33 is named in policy alone", |_| bit33::run(workspace))?;
+    steps.step("crates use what they may", |_| arrows::run(workspace))?;
     steps.cargo("lints", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
     steps.step("no_std builds", |log| no_std::run(workspace, log))?;
     steps.cargo("documentation", &["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", DENY)])?;

@@ -120,14 +120,12 @@ impl Worker {
         &self.control
     }
 
-    /// Ends the thread when nothing is under way any more, and says where the queue was.
-    ///
-    /// # Panics
-    /// If the thread did: our own mistake, and it goes on here.
-    pub fn stop(mut self) -> Stopped {
+    /// Ends the thread when nothing is under way any more, and says where the queue was. `None`: the thread panicked,
+    /// which is our own mistake; it has let go of everything, and what it knew is lost.
+    pub fn stop(mut self) -> Option<Stopped> {
         let thread = self.thread.take().expect("joined here or when dropped, and this is before");
         self.end();
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        thread.join().ok()
     }
 
     fn end(&self) {

@@ -9,11 +9,13 @@ use ringfence_device::storage::{self, Format};
 use ringfence_policy::IommuMode;
 use ringfence_vhost_user::server::{Options, Server};
 use signal_hook::consts::{SIGINT, SIGTERM};
+use std::fmt::Debug;
 use std::io;
 use std::os::fd::{AsFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 use tracing_subscriber::filter::LevelFilter;
@@ -51,11 +53,13 @@ struct Common {
     /// off: an old device; the flag is not offered. offer: the flag is offered, and once it is taken everything is
     /// translated. require: whoever does not take the flag is refused. QEMU strips the flag where the machine has no
     /// IOMMU, so `require` also refuses such machines.
-    #[arg(long, value_name = "MODE", default_value_t, value_parser = iommu_mode())]
+    #[arg(long, value_name = "MODE", default_value_t, value_parser = named::<IommuMode>(["off", "offer", "require"]))]
     iommu: IommuMode,
 
     /// How many queues to offer
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUES))]
+    ///
+    /// A VMM sets up as many of them as it likes: QEMU one for each processor of the guest, unless told otherwise.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUES))]
     queues: u16,
 
     /// The longest queue that a driver may set up
@@ -78,9 +82,13 @@ struct Common {
 /// Each queue is a thread; more than this many is a slip of the finger.
 const MAX_QUEUES: i64 = 256;
 
-fn iommu_mode() -> impl clap::builder::TypedValueParser<Value = IommuMode> {
+/// One of `names`, each of which parses.
+fn named<T>(names: [&'static str; 3]) -> impl clap::builder::TypedValueParser<Value = T>
+where
+    T: FromStr<Err: Debug> + Clone + Send + Sync + 'static,
+{
     use clap::builder::{PossibleValuesParser, TypedValueParser};
-    PossibleValuesParser::new(["off", "offer", "require"]).map(|name| name.parse().expect("one of the modes"))
+    PossibleValuesParser::new(names).map(|name| name.parse().expect("one of the names"))
 }
 
 impl Common {
@@ -121,7 +129,7 @@ pub(crate) struct ServeBlk {
     image: Option<String>,
 
     /// The image's format; it is never guessed, because a guest could make a raw image look like another
-    #[arg(long, value_name = "FORMAT", default_value = "raw", value_enum)]
+    #[arg(long, value_name = "FORMAT", default_value = "raw", value_parser = named::<Format>(["raw", "qcow2", "vmdk"]))]
     format: Format,
 
     /// Refuse every write

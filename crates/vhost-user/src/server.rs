@@ -1,15 +1,18 @@
 //! A back-end on its socket: one front-end after the other, until told to end.
 
 use crate::channel::{Channel, ChannelError, Message, Received, Sender};
+use crate::faults::Limit;
 use crate::session::{Session, SessionError};
 use crate::wire::{BackendCode, BackendRequest, NeedReply, Reply, Request, WireError};
 use ringfence_device::Device;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use std::fmt::Display;
 use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -70,6 +73,8 @@ enum Lost {
     Session(#[from] SessionError),
     #[error("can't wait: {0}")]
     Wait(#[from] Errno),
+    #[error("a bug of ringfence's; the panic is above")]
+    Panicked,
 }
 
 impl Server {
@@ -180,8 +185,10 @@ fn connection(stream: UnixStream, device: &Arc<dyn Device>, options: Options, en
         session: Session::new(Arc::clone(device), options),
         frontend: Channel::new(stream.into()),
         backend: None,
+        complaints: Limit::new(),
     };
-    let ended = connection.run(end);
+    // A bug of ours ends the connection it was met on, and the next front-end is served.
+    let ended = std::panic::catch_unwind(AssertUnwindSafe(|| connection.run(end))).unwrap_or(Err(Lost::Panicked));
     let counted = connection.session.counted();
     let (ended, why) = match ended {
         Ok(Ended::ByUs) => (Ended::ByUs, "told to end".to_owned()),
@@ -217,6 +224,8 @@ struct Connection {
     frontend: Channel,
     /// Answers to what we asked on the back-end channel.
     backend: Option<Channel>,
+    /// For what the front-end does wrong and goes on doing.
+    complaints: Limit,
 }
 
 impl Connection {
@@ -278,12 +287,12 @@ impl Connection {
         match result {
             Ok(_) => Ok(()),
             Err(Lost::Session(error)) if !error.is_fatal() => {
-                tracing::warn!("message not carried out: {error}");
+                self.complain(&format_args!("message not carried out: {error}"));
                 Ok(())
             }
             // Whoever was told of it can go on; whoever was not would be wrong about everything that follows.
             Err(Lost::Wire(error)) if acknowledge => {
-                tracing::warn!("bad message: {error}");
+                self.complain(&format_args!("bad message: {error}"));
                 Ok(())
             }
             Err(lost) => Err(lost),
@@ -297,19 +306,25 @@ impl Connection {
         Ok(())
     }
 
+    fn complain(&mut self, what: &dyn Display) {
+        if let Some(untold) = self.complaints.tell() {
+            tracing::warn!(untold, "{what}");
+        }
+    }
+
     /// Takes in the front-end's answers to our questions.
     fn answers(&mut self) {
-        let Some(backend) = &mut self.backend else { return };
         loop {
+            let Some(backend) = &mut self.backend else { return };
             match backend.receive() {
                 Ok(Received::Message(message)) => match answer(message) {
                     Ok(granted) => self.session.answered(granted),
-                    Err(error) => tracing::warn!("bad answer on the back-end channel: {error}"),
+                    Err(error) => self.complain(&format_args!("bad answer on the back-end channel: {error}")),
                 },
                 Ok(Received::Nothing) => return,
                 Ok(Received::End) => break,
                 Err(error) => {
-                    tracing::warn!("the back-end channel failed: {error}");
+                    self.complain(&format_args!("the back-end channel failed: {error}"));
                     break;
                 }
             }

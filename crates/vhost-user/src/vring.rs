@@ -149,9 +149,13 @@ impl Vring {
     /// Stops the queue where it is, when nothing is under way any more; it can go on from there.
     pub(crate) fn pause(&mut self) {
         if let Some(worker) = self.worker.take() {
-            let stopped = worker.stop();
-            self.base = stopped.position.vring_base(self.format);
-            self.stopped = Some(stopped);
+            self.stopped = worker.stop();
+            match &self.stopped {
+                Some(stopped) => self.base = stopped.position.vring_base(self.format),
+                None => tracing::error!(
+                    "a queue's thread panicked: a bug of ringfence's; the guest has to reset its device"
+                ),
+            }
         }
     }
 

@@ -20,7 +20,7 @@ fn require_refuses_an_old_driver_and_serves_the_next() {
     for _ in 0..3 {
         let frontend = Frontend::connect(&served);
         let direct = Direct::new(frontend.buffer(RINGS));
-        let refused = frontend.start(Driver::Old, &direct).err().expect("refused");
+        let refused = frontend.start(Driver::Old, &direct).expect_err("refused");
         assert!(matches!(refused, StartError::FeaturesRefused { .. }), "{refused}");
         drop(frontend);
 

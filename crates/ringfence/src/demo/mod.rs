@@ -62,7 +62,7 @@ impl Demo {
         strict.stop()?;
         println!("\nWhat the server logged, a line a connection and a line a fault:");
         log.lines()
-            .filter(|line| line.contains("ended") || line.contains("fails"))
+            .filter(|line| line.contains("ended") || line.contains("fault:"))
             .for_each(|line| println!("  {line}"));
         println!("\nEvery byte was where it belongs, and nowhere else.");
         Ok(ExitCode::SUCCESS)
