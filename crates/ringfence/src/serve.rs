@@ -137,8 +137,12 @@ pub(crate) struct ServeBlk {
     read_only: bool,
 
     /// The serial number that the guest sees, up to 20 bytes
-    #[arg(long, value_name = "TEXT", default_value = "ringfence")]
+    #[arg(long, value_name = "TEXT", default_value = "ringfence", value_parser = serial)]
     serial: String,
+}
+
+fn serial(text: &str) -> Result<String, String> {
+    if text.len() <= 20 { Ok(text.to_owned()) } else { Err(format!("{} bytes, a disk has room for 20", text.len())) }
 }
 
 const BLK_EXAMPLE: &str = "\

@@ -381,15 +381,20 @@ impl Session {
         })
     }
 
-    /// Changes the memory table while nothing touches memory: queues that were running go on afterwards. Translations
-    /// that point into the old table are forgotten; those that are wanted again are asked for again.
+    /// Changes the memory table while nothing touches memory. Translations that point into the old table are forgotten;
+    /// those that are wanted again are asked for again.
     fn change_memory(&mut self, change: impl FnOnce(&mut Self) -> Result<(), SessionError>) -> Answer {
-        let running: Vec<_> = (0..self.vrings.len()).filter(|&index| self.vrings[index].is_running()).collect();
-        self.pause_all();
+        // A queue that translates can run on: between here and the return nobody gives it a translation. It must, too:
+        // one that starts anew looks at its ring without having been told to, and if the guest has just switched its
+        // IOMMU on over a driver that is gone, that is a fault in the guest's log.
+        let translated = matches!(self.negotiated, Some(Negotiated { addressing: Addressing::Translated, .. }));
+        let running = |vring: &Vring| vring.is_running() && !translated;
+        let paused: Vec<_> = (0..self.vrings.len()).filter(|&index| running(&self.vrings[index])).collect();
+        paused.iter().for_each(|&index| self.vrings[index].pause());
         self.forget_translations();
         let changed = change(self);
         self.preload();
-        for index in running {
+        for index in paused {
             self.start_if_ready(index)?;
         }
         changed.map(|()| None)
