@@ -140,7 +140,7 @@ impl Boot<'_> {
             VirtioFlag::Off => "off",
             VirtioFlag::On => "on",
         };
-        let common = format!("disable-legacy=on,iommu_platform={offer}");
+        let common = format!("disable-legacy=on,iommu_platform={offer}{}", self.platform.disk);
         match self.disk {
             Disk::QemuOwn(image) => {
                 let image = comma_safe(image);

@@ -43,6 +43,8 @@ pub struct Platform {
     pub(crate) cpu: Option<&'static str>,
     /// Devices that come before the disk.
     pub(crate) devices: &'static [&'static str],
+    /// What is added to the disk's own options.
+    pub(crate) disk: &'static str,
     /// The kernel's console.
     pub(crate) console: &'static str,
     /// What is added to the kernel's command line.
@@ -69,6 +71,7 @@ const X86: Platform = Platform {
     machine: "q35",
     cpu: None,
     devices: &[],
+    disk: "",
     console: "ttyS0",
     arguments: "",
     modules: &["virtio_pci"],
@@ -86,7 +89,9 @@ const ARM64: Platform = Platform {
 
 const SMMUV3: Platform = Platform { machine: "virt,iommu=smmuv3", iommu: Iommu::Present, ..ARM64 };
 
-const INTEL: Platform = Platform { devices: &["intel-iommu"], iommu: Iommu::Present, ..X86 };
+/// With a device TLB: before 8.1 QEMU tells a vhost-user back-end of no invalidation without one.
+const INTEL: Platform =
+    Platform { devices: &["intel-iommu,device-iotlb=on"], disk: ",ats=on", iommu: Iommu::Present, ..X86 };
 
 /// Every platform, in the order of a report.
 pub const PLATFORMS: &[Platform] = &[
