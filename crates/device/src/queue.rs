@@ -18,6 +18,10 @@ use std::os::fd::BorrowedFd;
 const TURN_REQUESTS: usize = 64;
 const TURN_BYTES: u64 = 1 << 20;
 
+/// Most translations that one chain asks for at a time: a driver may describe 4 GiB with one descriptor, and what asks
+/// its VMM for each page of that keeps the VMM from everything else.
+const MISSES_AT_ONCE: usize = 1024;
+
 /// One queue of a device, being served from one thread.
 pub struct Queue<M: Memory> {
     ring: DeviceQueue,
@@ -98,7 +102,7 @@ impl<M: Memory> Queue<M> {
         let visit = memory.visit();
         let mut ring = ring.open(&visit);
         requests.ring_waits = false;
-        let mut turn = Turn { worked: requests.collect(&mut **handler), notify: false };
+        let mut turn = Turn { worked: requests.collect(&visit, &mut **handler), notify: false };
 
         let mut server = Server { visit: &visit, handler: &mut **handler, report: &mut **report };
         if news {
@@ -164,7 +168,7 @@ impl<M: Memory> Queue<M> {
         let Self { memory, handler, requests, .. } = self;
         let visit = memory.visit();
         handler.submit();
-        requests.collect(&mut **handler);
+        requests.collect(&visit, &mut **handler);
         drop(visit);
         requests.under_way == 0
     }
@@ -231,8 +235,19 @@ struct Slot<L> {
     writable: Vec<DetachedSlice>,
     /// When its first missing translation was asked for.
     asked: Option<Ticket>,
+    /// What it was last seen to lack.
+    lacks: Option<Lack>,
     /// Held while the device has the request.
     lease: Option<L>,
+}
+
+/// What a chain waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lack {
+    /// A translation that was asked for: the last of several, because answers come in the order of questions.
+    Asked(BusAddr, Access),
+    /// One that there was no place to ask for.
+    Unasked,
 }
 
 /// Those a chain meets on its way to the device.
@@ -259,6 +274,7 @@ impl<L> Requests<L> {
                 readable: Vec::new(),
                 writable: Vec::new(),
                 asked: None,
+                lacks: None,
                 lease: None,
             })
             .collect();
@@ -275,7 +291,7 @@ impl<L> Requests<L> {
     }
 
     /// Takes over what the device has completed; `true` if there was something.
-    fn collect(&mut self, handler: &mut dyn Handler) -> bool {
+    fn collect<V: Visit<Lease = L>>(&mut self, visit: &V, handler: &mut dyn Handler) -> bool {
         if self.under_way == 0 {
             return false;
         }
@@ -287,6 +303,7 @@ impl<L> Requests<L> {
             // SAFETY: `lease`, dropped below, covers every piece.
             let written = handler.finish(token, &unsafe { slot.request() });
             drop(lease);
+            slot.release(visit);
             self.under_way -= 1;
             self.finished.push_back((slot.chain.head(), written));
             self.free.push(token);
@@ -297,13 +314,21 @@ impl<L> Requests<L> {
     /// Tries the chains again that wait for translations, oldest first; `true` if one got further.
     fn retry<V: Visit<Lease = L>>(&mut self, server: &mut Server<'_, V>) -> Result<bool, Broken> {
         let mut some = false;
-        for _ in 0..self.waiting.len() {
-            let Some(token) = self.waiting.pop_front() else { break };
-            match self.slots[usize::from(token)].serve(server, token)? {
-                Served::Waiting => self.waiting.push_back(token),
+        let mut at = 0;
+        while let Some(&token) = self.waiting.get(at) {
+            let slot = &mut self.slots[usize::from(token)];
+            if slot.still_lacks(server.visit) {
+                at += 1;
+                continue;
+            }
+            match slot.serve(server, token)? {
+                // No more can be asked for now, by the younger ones either.
+                Served::Waiting if slot.lacks == Some(Lack::Unasked) => break,
+                Served::Waiting => at += 1,
                 served => {
                     some = true;
-                    if !self.settle(token, served) {
+                    self.waiting.remove(at);
+                    if !self.settle(server.visit, token, served) {
                         self.free.push(token);
                     }
                 }
@@ -315,9 +340,9 @@ impl<L> Requests<L> {
     /// Serves the chain just popped into the slot of `token`, the last of the free ones.
     fn admit<V: Visit<Lease = L>>(&mut self, server: &mut Server<'_, V>, token: Token) -> Result<(), Broken> {
         let slot = &mut self.slots[usize::from(token)];
-        slot.asked = None;
+        (slot.asked, slot.lacks) = (None, None);
         let served = slot.serve(server, token)?;
-        if self.settle(token, served) {
+        if self.settle(server.visit, token, served) {
             self.free.pop();
         }
         Ok(())
@@ -346,10 +371,11 @@ impl<L> Requests<L> {
     }
 
     /// Files a chain by what became of it; `true` if it goes on needing its slot.
-    fn settle(&mut self, token: Token, served: Served<L>) -> bool {
+    fn settle<V: Visit<Lease = L>>(&mut self, visit: &V, token: Token, served: Served<L>) -> bool {
         let slot = &mut self.slots[usize::from(token)];
         match served {
             Served::Done(written) => {
+                slot.release(visit);
                 self.finished.push_back((slot.chain.head(), written));
                 false
             }
@@ -370,6 +396,16 @@ impl<L> Slot<L> {
     /// How many bytes the request moves.
     fn len(&self) -> u64 {
         u64::from(self.chain.readable_len()) + u64::from(self.chain.writable_len())
+    }
+
+    /// Whether what it was last seen to lack is still under way: a quick look before a whole new try.
+    fn still_lacks<V: Visit>(&self, visit: &V) -> bool {
+        match self.lacks {
+            Some(Lack::Asked(addr, access)) => {
+                matches!(visit.resolve(addr, 1, access, self.asked), Err(Stop::Miss(_)))
+            }
+            Some(Lack::Unasked) | None => false,
+        }
     }
 
     fn serve<V: Visit<Lease = L>>(&mut self, server: &mut Server<'_, V>, token: Token) -> Result<Served<L>, Broken> {
@@ -408,6 +444,8 @@ impl<L> Slot<L> {
         self.readable.clear();
         self.writable.clear();
         let (mut missed, mut faulted) = (None, None);
+        let mut misses = 0;
+        self.lacks = None;
         for descriptor in self.chain.descriptors() {
             let pieces = match descriptor.access {
                 Access::Read => &mut self.readable,
@@ -426,7 +464,16 @@ impl<L> Slot<L> {
                         offset += piece.len() as u64;
                     }
                     Err(Stop::Miss(miss)) => {
-                        missed.get_or_insert(miss);
+                        misses += 1;
+                        let first = *missed.get_or_insert(miss);
+                        if miss.covers == Miss::NOTHING_ASKED {
+                            self.lacks = Some(Lack::Unasked);
+                            return Err(Stop::Miss(first));
+                        }
+                        self.lacks = Some(Lack::Asked(at, descriptor.access));
+                        if misses == MISSES_AT_ONCE {
+                            return Err(Stop::Miss(first));
+                        }
                         offset = offset.saturating_add(miss.covers.max(1));
                     }
                     Err(Stop::Fault(fault)) => {
@@ -476,6 +523,15 @@ impl<L> Slot<L> {
             visit.lease(&ranges[..descriptors.len()])
         } else {
             visit.lease(&descriptors.iter().map(|descriptor| (descriptor.addr, descriptor.len)).collect::<Vec<_>>())
+        }
+    }
+
+    /// The request is over: whoever keeps translations for requests alone has no more use for its.
+    #[inline]
+    fn release<V: Visit>(&self, visit: &V) {
+        if !visit.keeps() {
+            let ranges = self.chain.descriptors().iter().map(|descriptor| (descriptor.addr, descriptor.len));
+            visit.release(&ranges.chain(self.chain.table()).collect::<Vec<_>>());
         }
     }
 

@@ -84,14 +84,20 @@ impl core::error::Error for Fault {}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ticket(pub u64);
 
-/// A translation is not there yet and has been asked for.
+/// A translation is not there yet and has been asked for, as far as that was possible.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Miss {
     /// To be handed back with the next try.
     pub ticket: Ticket,
     /// How many bytes, counted from the address of the try, the question covers. At least 1. Whoever needs more goes
-    /// on behind them, so that all of a request's questions are under way at once.
+    /// on behind them, so that all of a request's questions are under way at once. [`Miss::NOTHING_ASKED`] where too
+    /// many questions are under way already: try again when some are answered.
     pub covers: u64,
+}
+
+impl Miss {
+    /// In [`Miss::covers`]: nothing could be asked, and nothing behind it could be either.
+    pub const NOTHING_ASKED: u64 = u64::MAX;
 }
 
 /// Why an address did not resolve.

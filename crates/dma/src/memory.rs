@@ -32,6 +32,18 @@ pub trait Visit {
 
     /// Keeps what this visit resolved for `ranges` good until the lease is dropped.
     fn lease(&self, ranges: &[(BusAddr, u32)]) -> Self::Lease;
+
+    /// Whether translations are kept beyond the request that they were resolved for. Where not, whoever ends a request
+    /// calls [`Visit::release`].
+    #[inline]
+    fn keeps(&self) -> bool {
+        true
+    }
+
+    /// The request that `ranges` were resolved for is over.
+    fn release(&self, ranges: &[(BusAddr, u32)]) {
+        let _ = ranges;
+    }
 }
 
 /// Reads `into.len()` bytes at `addr`, however scattered they are.

@@ -12,6 +12,8 @@ use std::time::Instant;
 /// A translation cache. See the crate's documentation.
 pub struct Iotlb {
     table: Table,
+    /// Whether translations are kept beyond the request that asked for them.
+    keeps: AtomicBool,
     /// Counts removals. What a view remembers is good for the one in which it was found.
     generation: AtomicU64,
     writer: Mutex<Books>,
@@ -188,6 +190,7 @@ impl Iotlb {
         assert!(options.capacity > 0, "a cache without room");
         Arc::new(Iotlb {
             table: Table::new(),
+            keeps: AtomicBool::new(true),
             generation: AtomicU64::new(1),
             writer: Mutex::new(Books {
                 table: Writer::default(),
@@ -273,6 +276,24 @@ impl Iotlb {
         books.seen.invalidations += 1;
         // Even where nothing was found: it may have been evicted and still be in use.
         self.removed(&books, first, last)
+    }
+
+    /// Has translations kept for as long as nobody takes them away, as it is at first, or no longer than for the request
+    /// that asked for them: then whatever a view's user releases is forgotten at the end of its visit.
+    pub fn keep(&self, keep: bool) {
+        self.keeps.store(keep, Relaxed);
+    }
+
+    #[inline]
+    pub(crate) fn keeps(&self) -> bool {
+        self.keeps.load(Relaxed)
+    }
+
+    /// Whether something is mapped at `addr`.
+    pub fn is_mapped(&self, addr: BusAddr) -> bool {
+        let _books = lock(&self.writer);
+        // SAFETY: the writer's lock is held.
+        unsafe { self.table.lookup(addr.0) }.is_some()
     }
 
     /// Takes `ranges` out of the table without a fence, for whoever keeps no translation beyond the request that asked

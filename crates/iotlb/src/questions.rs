@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// How many questions may wait for a reply, or for an UPDATE where there are no replies. Past that, misses wait
 /// unasked for a place; where there are no replies the oldest question gives up its place, since it may never be
 /// answered.
-pub const UNANSWERED: usize = 1 << 16;
+pub const UNANSWERED: usize = 4096;
 /// How many refusals are remembered. Whoever waited for one that was forgotten asks again.
 pub const REFUSALS: usize = 1 << 12;
 
@@ -152,7 +152,13 @@ impl Questions {
             }
             Some(_) => (None, None),
         };
-        Verdict::Wait { miss, question, retry }
+        let asked = question.is_some() || self.is_pending(addr.0 & !granule, addr.0 | granule, access);
+        let covers = if asked { miss.covers } else { Miss::NOTHING_ASKED };
+        Verdict::Wait { miss: Miss { covers, ..miss }, question, retry }
+    }
+
+    fn is_pending(&self, first: u64, last: u64, access: Access) -> bool {
+        self.open[of(access)].range(page(first)..=page(last)).next().is_some()
     }
 
     fn refusal(&self, addr: u64, access: Access, ticket: Ticket) -> Option<FaultReason> {

@@ -25,6 +25,8 @@ pub struct View {
     free_holds: RefCell<Vec<usize>>,
     /// Written down in this visit, to be passed on when it ends.
     written: RefCell<Vec<Handle>>,
+    /// To be forgotten when the visit ends.
+    released: RefCell<Vec<(BusAddr, u32)>>,
     retry: Cell<Option<Instant>>,
 }
 
@@ -125,6 +127,7 @@ impl View {
             ),
             free_holds: RefCell::default(),
             written: RefCell::default(),
+            released: RefCell::default(),
             retry: Cell::new(None),
         }
     }
@@ -284,6 +287,17 @@ impl ringfence_dma::Visit for Visit<'_> {
         Ok(unsafe { HostSlice::new(start, len) })
     }
 
+    #[inline]
+    fn keeps(&self) -> bool {
+        self.view.iotlb.keeps()
+    }
+
+    fn release(&self, ranges: &[(BusAddr, u32)]) {
+        if !self.keeps() {
+            self.view.released.borrow_mut().extend_from_slice(ranges);
+        }
+    }
+
     fn lease(&self, ranges: &[(BusAddr, u32)]) -> Lease {
         Lease::publish(&self.view.seat, &mut self.view.free_holds.borrow_mut(), ranges)
     }
@@ -293,6 +307,10 @@ impl Drop for Visit<'_> {
     #[inline]
     fn drop(&mut self) {
         self.view.leave();
+        if !self.view.released.borrow().is_empty() {
+            self.view.iotlb.forget(&self.view.released.borrow());
+            self.view.released.borrow_mut().clear();
+        }
         if !self.view.written.borrow().is_empty() {
             self.view.iotlb.ask(self.view.written.borrow_mut().drain(..));
         }

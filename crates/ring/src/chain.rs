@@ -17,6 +17,8 @@ pub struct Chain {
     descriptors: Vec<Descriptor>,
     tally: Tally,
     table: Option<Table>,
+    /// Where its table is, read or not.
+    indirect: Option<(BusAddr, u32)>,
 }
 
 /// What a chain adds up to so far. Kept apart while a chain is walked; checked, and stored in it, at the end.
@@ -91,6 +93,12 @@ impl Chain {
         self.tally.writable as u32
     }
 
+    /// Where the chain's indirect table is and how many bytes it has, if there is one.
+    #[inline]
+    pub fn table(&self) -> Option<(BusAddr, u32)> {
+        self.indirect
+    }
+
     /// Whether a part of the chain is in a table that [`Self::expand`] has yet to read.
     #[inline]
     pub fn is_folded(&self) -> bool {
@@ -158,9 +166,9 @@ impl Chain {
     /// Begins a new chain.
     #[inline]
     pub(crate) fn begin(&mut self) {
-        let Self { head, descriptors, tally, table } = self;
+        let Self { head, descriptors, tally, table, indirect } = self;
         descriptors.clear();
-        (*head, *tally, *table) = (Head::default(), Tally::default(), None);
+        (*head, *tally, *table, *indirect) = (Head::default(), Tally::default(), None, None);
     }
 
     #[inline]
@@ -201,6 +209,7 @@ impl Chain {
             return Err(RingError::TableTooLong { entries, limit });
         }
         self.table = Some(Table { addr: raw.addr, entries, format });
+        self.indirect = Some((raw.addr, raw.len));
         self.settle(tally)
     }
 

@@ -7,7 +7,7 @@ use ringfence_device::Device;
 use ringfence_device::blk::{self, Blk};
 use ringfence_device::storage::{self, Format};
 use ringfence_policy::IommuMode;
-use ringfence_vhost_user::server::{Options, Server};
+use ringfence_vhost_user::server::{Keep, Options, Server};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::fmt::Debug;
 use std::io;
@@ -56,6 +56,14 @@ struct Common {
     #[arg(long, value_name = "MODE", default_value_t, value_parser = named::<IommuMode>(["off", "offer", "require"]))]
     iommu: IommuMode,
 
+    /// How long to keep translations
+    ///
+    /// cache: until the front-end takes them away. request: for one request, for front-ends that never take any away,
+    /// such as QEMU's amd-iommu, or its intel-iommu before 8.1 without a device TLB. auto: for one request until the
+    /// front-end has shown which it is.
+    #[arg(long, value_name = "HOW", default_value_t, value_parser = named::<Keep>(["auto", "cache", "request"]))]
+    iotlb: Keep,
+
     /// How many queues to offer
     ///
     /// A VMM sets up as many of them as it likes: QEMU one for each processor of the guest, unless told otherwise.
@@ -99,8 +107,12 @@ impl Common {
             (None, Some(fd)) => Server::inherit(fd)?,
             (None, None) => unreachable!("the command line requires one of them"),
         };
-        let options =
-            Options { iommu: self.iommu, queue_size: self.queue_size, poll: Duration::from_micros(self.poll) };
+        let options = Options {
+            iommu: self.iommu,
+            keep: self.iotlb,
+            queue_size: self.queue_size,
+            poll: Duration::from_micros(self.poll),
+        };
         server.run(device, options, end.as_fd())?;
         Ok(ExitCode::SUCCESS)
     }

@@ -21,8 +21,9 @@ use std::time::{Duration, Instant};
 /// For how long a peer may leave a message of ours unread before it counts as gone.
 const SEND_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How many bytes wait for a peer that does not read its back-end channel.
-const MAX_BACKLOG: usize = 1 << 20;
+/// How many bytes wait for a peer that does not read its back-end channel: more than the questions that a translation
+/// cache has under way at the most.
+const MAX_BACKLOG: usize = 4 << 20;
 
 /// Both directions of a socket; messages come in whole.
 #[derive(Debug)]

@@ -14,4 +14,5 @@ pub mod wire;
 
 mod backend;
 mod faults;
+mod keep;
 mod vring;

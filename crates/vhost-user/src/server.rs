@@ -16,7 +16,7 @@ use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use crate::session::Options;
+pub use crate::session::{Keep, Options, UnknownKeep};
 
 /// Where front-ends come from.
 #[derive(Debug)]

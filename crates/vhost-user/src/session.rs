@@ -1,6 +1,8 @@
 //! The back-end's side of one connection: what each message does. Knows no socket; [`crate::server`] has it.
 
 use crate::backend::Backend;
+pub use crate::keep::{Keep, UnknownKeep};
+use crate::keep::{Trust, Verdict};
 use crate::vring::{self, Start, StartError, Vring};
 use crate::wire::{
     Enable, F_PROTOCOL_FEATURES, FrontendCode, Invalidated, Iotlb as IotlbEntry, ProtocolFeatures, Reply, Request,
@@ -50,6 +52,8 @@ const FENCE_PATIENCE: Duration = Duration::from_secs(1);
 pub struct Options {
     /// What to do about the IOMMU.
     pub iommu: IommuMode,
+    /// How long translations are kept.
+    pub keep: Keep,
     /// The longest queue that a driver may set up.
     pub queue_size: u16,
     /// For how long an empty queue is looked at before its thread sleeps.
@@ -65,6 +69,7 @@ pub struct Session {
     // Before the memory that its translations point to: a field is dropped before those below it.
     iotlb: Option<Arc<Iotlb>>,
     regions: Regions,
+    trust: Trust,
     backend: Arc<Backend>,
     vrings: Vec<Vring>,
     status: u8,
@@ -199,6 +204,7 @@ impl Session {
             negotiated: None,
             iotlb: None,
             regions: Regions::default(),
+            trust: Trust::new(),
             backend: Arc::default(),
             vrings,
             status: 0,
@@ -345,9 +351,49 @@ impl Session {
         if status == 0 { self.reset() } else { Ok(None) }
     }
 
+    /// Has translations kept for as long as the front-end can be relied on, or as the operator says.
+    fn keep_as_trusted(&self) {
+        let keep = match self.options.keep {
+            Keep::Cache => true,
+            Keep::Request => false,
+            Keep::Auto => self.trust.verdict() == Verdict::Keep,
+        };
+        if let (Some(iotlb), Some(Negotiated { addressing: Addressing::Translated, .. })) =
+            (&self.iotlb, self.negotiated)
+        {
+            iotlb.keep(keep);
+        }
+    }
+
+    /// Takes in what the front-end has just shown of itself.
+    fn learn(&mut self, what: impl FnOnce(&mut Trust)) {
+        let before = self.trust.verdict();
+        what(&mut self.trust);
+        let now = self.trust.verdict();
+        if before == now {
+            return;
+        }
+        self.keep_as_trusted();
+        match (now, self.options.keep) {
+            (Verdict::Stale(iova), Keep::Auto | Keep::Request) => tracing::warn!(
+                "the front-end gave bus address {iova} a new target and never took the old one away: no translation is \
+                 kept beyond its request, at the price of asking for each anew. QEMU before 8.1 needs \
+                 intel-iommu,device-iotlb=on and the disk's ats=on, QEMU's amd-iommu never invalidates"
+            ),
+            (Verdict::Stale(iova), Keep::Cache) => tracing::error!(
+                "the front-end gave bus address {iova} a new target and never took the old one away: with --iotlb cache \
+                 that corrupts the guest's memory; use --iotlb auto or --iotlb request"
+            ),
+            (verdict, _) => tracing::debug!(?verdict, "the front-end has shown how it treats translations"),
+        }
+    }
+
     /// A device reset (§2.4): rings stop, and nothing that they had begun goes on.
     fn reset(&mut self) -> Answer {
         self.status = 0;
+        // The next driver may sit behind another kind of IOMMU: firmware, then a kernel.
+        self.trust = Trust::new();
+        self.keep_as_trusted();
         let enable = if self.protocol.is_empty() { Enable::On } else { Enable::Off };
         for vring in &mut self.vrings {
             vring.reset();
@@ -414,6 +460,8 @@ impl Session {
             let replies = if self.acknowledges() { Replies::Each } else { Replies::Never };
             Iotlb::new(unmapped, iotlb::Options { replies, ..Default::default() })
         });
+        self.trust = Trust::new();
+        self.keep_as_trusted();
         self.preload();
     }
 
@@ -444,16 +492,25 @@ impl Session {
         else {
             return Err(SessionError::NotTranslated);
         };
+        let iotlb = Arc::clone(iotlb);
         match entry {
-            IotlbEntry::Invalidate(Invalidated::Everything) => wait(iotlb.clear()),
-            IotlbEntry::Invalidate(Invalidated::Range { first, last }) => wait(iotlb.invalidate(first, last)),
+            IotlbEntry::Invalidate(range) => {
+                let (first, last) = match range {
+                    Invalidated::Everything => (BusAddr(0), BusAddr(u64::MAX)),
+                    Invalidated::Range { first, last } => (first, last),
+                };
+                self.learn(|trust| trust.invalidated(first, last, |iova| iotlb.is_mapped(iova)));
+                wait(iotlb.invalidate(first, last));
+            }
             IotlbEntry::Update { iova, size, uaddr, perm } => {
                 let pieces = self.regions.pieces(uaddr, size).ok_or(SessionError::Outside { addr: uaddr, size })?;
+                let anew = !iotlb.is_mapped(iova);
                 let mut at = iova;
                 for piece in pieces {
-                    self.map(iotlb, at, piece, perm)?;
+                    self.map(&iotlb, at, piece, perm)?;
                     at = BusAddr(at.0.wrapping_add(piece.len() as u64));
                 }
+                self.learn(|trust| trust.updated(iova, uaddr, anew));
             }
         }
         Ok(None)

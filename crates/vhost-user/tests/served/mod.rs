@@ -36,13 +36,17 @@ pub(crate) struct Served {
 
 impl Served {
     pub(crate) fn start(iommu: IommuMode) -> Self {
+        Self::start_keeping(iommu, server::Keep::Auto)
+    }
+
+    pub(crate) fn start_keeping(iommu: IommuMode, keep: server::Keep) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("blk.sock");
         let server = Server::bind(&socket).unwrap();
         let storage = storage::open("memory:8M", storage::Format::Raw, false).unwrap();
         let disk = blk::Options { queues: 1, queue_size: 256, serial: "test".to_owned() };
         let device = Arc::new(Disk::new(storage, disk));
-        let options = server::Options { iommu, queue_size: 256, poll: Duration::from_micros(20) };
+        let options = server::Options { iommu, keep, queue_size: 256, poll: Duration::from_micros(20) };
         let (end, ended) = UnixStream::pair().unwrap();
         let thread = std::thread::spawn(move || server.run(device, options, ended.as_fd()).unwrap());
         Self { socket, end, thread: Some(thread), _folder: folder }
