@@ -13,6 +13,7 @@ mod domain;
 mod iotlb;
 mod transport;
 
+pub use domain::Pages;
 pub use iotlb::{Counters, Translation, Translator};
 pub use transport::{Attachment, FrontendTransport, TransportError};
 

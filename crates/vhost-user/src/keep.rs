@@ -56,12 +56,12 @@ impl fmt::Display for UnknownKeep {
 
 impl std::error::Error for UnknownKeep {}
 
-/// So many translations that were asked for again and had not changed make mappings that do not change. Those of a
-/// driver that maps each request change within its first few: buffers differ, and addresses are used again.
+/// So many translations in a row that were asked for again and had not changed make mappings that do not change. A
+/// driver that maps each request breaks the row: it uses an address again for another buffer, or one that is new.
 const STEADY: u32 = 64;
 
-/// How many translations are remembered for comparing.
-const REMEMBERED: usize = 4096;
+/// How many translations are remembered for comparing. A driver with more memory mapped for good is not recognised.
+const REMEMBERED: usize = 32768;
 
 /// What a front-end has shown of itself since its driver started.
 #[derive(Debug)]
@@ -69,6 +69,7 @@ pub(crate) struct Trust {
     verdict: Verdict,
     /// What was given, and not taken away since.
     given: BTreeMap<BusAddr, FrontendVa>,
+    /// How many in a row had not changed.
     steady: u32,
 }
 
@@ -108,7 +109,8 @@ impl Trust {
                     self.settle(Verdict::Keep);
                 }
             }
-            _ => {}
+            Some(_) => {}
+            None => self.steady = 0,
         }
     }
 
@@ -180,6 +182,16 @@ mod tests {
         assert_eq!(trust.verdict(), Verdict::Open);
         trust.updated(A, FrontendVa(1), true);
         assert_eq!(trust.verdict(), Verdict::Keep);
+    }
+
+    #[test]
+    fn what_never_changes_says_nothing_of_what_is_new_each_time() {
+        let mut trust = Trust::new();
+        for page in 0..10 * STEADY as u64 {
+            trust.updated(A, FrontendVa(1), true);
+            trust.updated(BusAddr(0x10_0000 + (page << 12)), FrontendVa(page), true);
+        }
+        assert_eq!(trust.verdict(), Verdict::Open);
     }
 
     #[test]

@@ -21,9 +21,14 @@ impl Frontend {
     }
 }
 
-struct Pages {
-    domain: Arc<Domain>,
-    base: FrontendVa,
+/// A domain's mappings as answers to misses, a page at a time. By itself it takes nothing away: see
+/// [`Frontend::serve_domain`] for that.
+#[derive(Debug)]
+pub struct Pages {
+    /// Whose mappings.
+    pub domain: Arc<Domain>,
+    /// Where guest-physical 0 is in the memory table.
+    pub base: FrontendVa,
 }
 
 impl Translator for Pages {
