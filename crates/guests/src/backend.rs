@@ -7,8 +7,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::error::{Error, tail};
 use crate::tool;
@@ -107,9 +106,9 @@ impl Backend {
         if let Ok(Some(status)) = self.child.try_wait() {
             return Err(self.failed(format!("had ended already ({status})")));
         }
-        let id = Pid::from_raw(i32::try_from(self.child.id()).expect("a process id"));
+        let id = Pid::from_child(&self.child);
         // The child is not yet waited for, so the id is still its own.
-        kill(id, Signal::SIGTERM).map_err(|errno| self.failed(format!("cannot be signalled: {errno}")))?;
+        kill_process(id, Signal::TERM).map_err(|errno| self.failed(format!("cannot be signalled: {errno}")))?;
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             if let Ok(Some(status)) = self.child.try_wait() {

@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg};
+use rustix::fs::{FlockOperation, flock};
 
 use crate::error::Error;
 use crate::kernel::{self, Kernel};
@@ -133,7 +133,8 @@ impl<'a> Cache<'a> {
         Ok(folder)
     }
 
-    fn lock(&self) -> Result<Flock<File>, Error> {
+    /// Held for as long as the file is open.
+    fn lock(&self) -> Result<File, Error> {
         let path = self.folder.join("lock");
         let file = OpenOptions::new()
             .create(true)
@@ -142,7 +143,8 @@ impl<'a> Cache<'a> {
             .mode(0o666)
             .open(&path)
             .map_err(Error::file("cannot open", &path))?;
-        Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| Error::file("cannot lock", &path)(errno.into()))
+        flock(&file, FlockOperation::LockExclusive).map_err(|errno| Error::file("cannot lock", &path)(errno.into()))?;
+        Ok(file)
     }
 
     /// Removes what interrupted runs left; called with the lock held.

@@ -96,7 +96,7 @@ impl Qemu {
 /// Installs the distribution's QEMU from the machine's own sources; a reason
 /// in words when that cannot be had without changing what is installed.
 fn install(cache: &Cache<'_>, arches: &[Arch]) -> Result<(), String> {
-    if !nix::unistd::geteuid().is_root() {
+    if !rustix::process::geteuid().is_root() {
         return Err("not root".to_owned());
     }
     if !is_in_path("apt-get") {
