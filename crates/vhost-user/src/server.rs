@@ -2,7 +2,7 @@
 
 use crate::channel::{Channel, ChannelError, Message, Received, Sender};
 use crate::faults::Limit;
-use crate::session::{Session, SessionError};
+use crate::session::{Session, SessionError, Severity};
 use crate::wire::{BackendCode, BackendRequest, NeedReply, Reply, Request, WireError};
 use ringfence_device::Device;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use std::fmt::Display;
 use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,33 @@ pub use crate::session::{Keep, Options, UnknownKeep};
 pub struct Server {
     source: Source,
     /// The socket in the file system that is ours to remove.
-    path: Option<PathBuf>,
+    path: Option<OwnPath>,
+}
+
+/// A path and what was made there: somebody else's socket of that name is not ours to remove.
+#[derive(Debug)]
+struct OwnPath {
+    path: PathBuf,
+    inode: (u64, u64),
+}
+
+impl OwnPath {
+    fn new(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), inode: inode(path)? })
+    }
+}
+
+impl Drop for OwnPath {
+    fn drop(&mut self) {
+        if inode(&self.path).is_ok_and(|inode| inode == self.inode) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn inode(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = std::fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 #[derive(Debug)]
@@ -73,6 +99,8 @@ enum Lost {
     Session(#[from] SessionError),
     #[error("can't wait: {0}")]
     Wait(#[from] Errno),
+    #[error("the front-end closed the back-end channel while queues need it to ask for translations")]
+    BackendChannel,
     #[error("a bug of ringfence's; the panic is above")]
     Panicked,
 }
@@ -84,9 +112,10 @@ impl Server {
     /// Somebody else uses the path, or the socket can't be made.
     pub fn bind(path: &Path) -> Result<Self, ServerError> {
         remove_stale(path)?;
-        let listener =
-            UnixListener::bind(path).map_err(|error| ServerError::Listen { path: path.to_owned(), error })?;
-        Ok(Self { source: Source::Listener(listener), path: Some(path.to_owned()) })
+        let failed = |error| ServerError::Listen { path: path.to_owned(), error };
+        let listener = UnixListener::bind(path).map_err(failed)?;
+        let own = OwnPath::new(path).map_err(failed)?;
+        Ok(Self { source: Source::Listener(listener), path: Some(own) })
     }
 
     /// Uses a socket that was inherited: one that listens, or one whose other end is a front-end already.
@@ -118,7 +147,7 @@ impl Server {
             }
             Source::Listener(listener) => listener,
         };
-        if let Some(path) = &self.path {
+        if let Some(OwnPath { path, .. }) = &self.path {
             tracing::info!(device = device.name(), iommu = %options.iommu, "listening on {}", path.display());
         }
         loop {
@@ -145,14 +174,6 @@ impl Server {
                     std::thread::sleep(std::time::Duration::from_millis(10));
                 }
             }
-        }
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        if let Some(path) = &self.path {
-            let _ = std::fs::remove_file(path);
         }
     }
 }
@@ -243,7 +264,7 @@ impl Connection {
             }
             match self.requests()? {
                 // An UPDATE was sent before the answer that it belongs to, and must be seen first.
-                Read::All => self.answers(),
+                Read::All => self.answers()?,
                 Read::Some => {}
                 Read::End => return Ok(Ended::ByFrontend),
             }
@@ -286,7 +307,7 @@ impl Connection {
         }
         match result {
             Ok(_) => Ok(()),
-            Err(Lost::Session(error)) if !error.is_fatal() => {
+            Err(Lost::Session(error)) if goes_on(error.severity(), acknowledge) => {
                 self.complain(&format_args!("message not carried out: {error}"));
                 Ok(())
             }
@@ -313,15 +334,15 @@ impl Connection {
     }
 
     /// Takes in the front-end's answers to our questions.
-    fn answers(&mut self) {
+    fn answers(&mut self) -> Result<(), Lost> {
         loop {
-            let Some(backend) = &mut self.backend else { return };
+            let Some(backend) = &mut self.backend else { return Ok(()) };
             match backend.receive() {
                 Ok(Received::Message(message)) => match answer(message) {
                     Ok(granted) => self.session.answered(granted),
                     Err(error) => self.complain(&format_args!("bad answer on the back-end channel: {error}")),
                 },
-                Ok(Received::Nothing) => return,
+                Ok(Received::Nothing) => return Ok(()),
                 Ok(Received::End) => break,
                 Err(error) => {
                     self.complain(&format_args!("the back-end channel failed: {error}"));
@@ -331,7 +352,12 @@ impl Connection {
         }
         self.backend = None;
         self.session.backend().connect(None);
+        if self.session.needs_channel() { Err(Lost::BackendChannel) } else { Ok(()) }
     }
+}
+
+fn goes_on(severity: Severity, told: bool) -> bool {
+    severity == Severity::Minor || severity == Severity::Tell && told
 }
 
 /// What the front-end says to a MISS: zero if it has sent the translation.
@@ -352,6 +378,13 @@ mod tests {
         assert!(matches!(Server::bind(&path), Err(ServerError::InUse(_))));
         drop(server);
         assert!(!path.exists(), "the socket goes with its server");
+        let server = Server::bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let other = UnixListener::bind(&path).unwrap();
+        drop(server);
+        assert!(path.exists(), "another's socket stays");
+        drop(other);
+        std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "mine").unwrap();
         assert!(matches!(Server::bind(&path), Err(ServerError::NotASocket(_))));
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");

@@ -184,11 +184,28 @@ pub enum SessionError {
 }
 
 impl SessionError {
-    /// Whether the connection goes on: what a guest can cause, or what went wrong for one entry alone, is no reason to
-    /// take a guest's device away.
-    pub fn is_fatal(&self) -> bool {
-        !matches!(self, SessionError::Outside { .. } | SessionError::NotTranslated | SessionError::Start { .. })
+    /// What follows for the connection.
+    pub fn severity(&self) -> Severity {
+        match self {
+            SessionError::Refused(_) | SessionError::NoChannel | SessionError::MemoryLost => Severity::Fatal,
+            SessionError::Outside { .. }
+            | SessionError::NotTranslated
+            | SessionError::Translation(_)
+            | SessionError::Start { .. } => Severity::Minor,
+            _ => Severity::Tell,
+        }
     }
+}
+
+/// What a message that could not be carried out means for its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// It goes on: a guest can cause this, or it concerns one entry alone.
+    Minor,
+    /// It goes on if the front-end asked to be told. One that was not told would be wrong about all that follows.
+    Tell,
+    /// It ends.
+    Fatal,
 }
 
 type Answer = Result<Option<Reply>, SessionError>;
@@ -263,6 +280,12 @@ impl Session {
     /// [`SessionError::MemoryLost`].
     pub fn check_memory(&self) -> Result<(), SessionError> {
         if self.regions.is_lost() { Err(SessionError::MemoryLost) } else { Ok(()) }
+    }
+
+    /// Whether a queue runs that can't go on without asking the front-end.
+    pub(crate) fn needs_channel(&self) -> bool {
+        let translated = matches!(self.negotiated, Some(Negotiated { addressing: Addressing::Translated, .. }));
+        translated && self.vrings.iter().any(Vring::is_running)
     }
 
     /// Whether acknowledgements were negotiated.
