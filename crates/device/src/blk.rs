@@ -15,6 +15,10 @@ pub const SECTOR: u64 = 512;
 /// A discard or write-zeroes request may cover this much; a longer range comes as several requests.
 const MAX_ERASE_SECTORS: u32 = 1 << 22;
 
+/// What most drivers set a queue up with. Two descriptors of a chain are header and status; the rest may be segments, and
+/// no chain is longer than its queue (§2.7.5.3.1).
+const USUAL_QUEUE: u16 = 128;
+
 /// A virtio block device over any [`Storage`].
 pub struct Blk {
     storage: Arc<dyn Storage>,
@@ -26,7 +30,7 @@ pub struct Blk {
 pub struct Options {
     /// How many queues, 1 or more. More than one offers VIRTIO_BLK_F_MQ.
     pub queues: u16,
-    /// The longest queue that a driver is going to set up, from which `seg_max` follows.
+    /// The longest queue that a driver may set up; `seg_max` fits it, and the usual 128.
     pub queue_size: u16,
     /// What VIRTIO_BLK_T_GET_ID answers: at most 20 bytes of it.
     pub serial: String,
@@ -47,8 +51,7 @@ impl Blk {
         Config {
             capacity: (geometry.capacity / SECTOR).into(),
             size_max: 0.into(),
-            // Two descriptors of every chain are the header and the status.
-            seg_max: u32::from(self.options.queue_size.saturating_sub(2).max(1)).into(),
+            seg_max: u32::from(self.options.queue_size.clamp(3, USUAL_QUEUE) - 2).into(),
             geometry: [0; 4],
             blk_size: block.into(),
             topology: [0; 8],

@@ -22,11 +22,15 @@ const TURN_BYTES: u64 = 1 << 20;
 /// its VMM for each page of that keeps the VMM from everything else.
 const MISSES_AT_ONCE: usize = 1024;
 
+/// Room for so many pieces is kept in each slot.
+const PIECES_KEPT: usize = 1024;
+
 /// One queue of a device, being served from one thread.
 pub struct Queue<M: Memory> {
     ring: DeviceQueue,
-    memory: M,
+    // Before the memory, also when a panic drops all of it: a handler waits for what it has under way.
     handler: Box<dyn Handler>,
+    memory: M,
     report: Box<dyn Report>,
     requests: Requests<M::Lease>,
 }
@@ -89,7 +93,7 @@ impl<M: Memory> Queue<M> {
         report: Box<dyn Report>,
         stopped: Stopped,
     ) -> Self {
-        Self { ring, memory, handler, report, requests: Requests::new(depth, stopped) }
+        Self { ring, handler, memory, report, requests: Requests::new(depth, stopped) }
     }
 
     /// Does what there is to do, up to a bounded amount, and never waits. `news`: translations may have arrived since
@@ -105,7 +109,7 @@ impl<M: Memory> Queue<M> {
         let mut turn = Turn { worked: requests.collect(&visit, &mut **handler), notify: false };
 
         let mut server = Server { visit: &visit, handler: &mut **handler, report: &mut **report };
-        if news {
+        if news || requests.retry_more {
             turn.worked |= requests.retry(&mut server)?;
         }
         let mut bytes = 0;
@@ -156,6 +160,11 @@ impl<M: Memory> Queue<M> {
     /// Whether something waits for translations: worth another try even if no news come.
     pub fn is_waiting(&self) -> bool {
         !self.requests.waiting.is_empty() || self.requests.ring_waits
+    }
+
+    /// Whether the ring itself lacks a translation: then there may be chains, and none can be taken.
+    pub fn ring_waits(&self) -> bool {
+        self.requests.ring_waits
     }
 
     /// How many requests the device has under way.
@@ -223,6 +232,8 @@ struct Requests<L> {
     unpublished: bool,
     /// The last time something of the ring was wanted, its translation was missing.
     ring_waits: bool,
+    /// Not all waiting chains were tried again that could have been.
+    retry_more: bool,
     under_way: usize,
     /// Kept for its capacity.
     done: Vec<Token>,
@@ -285,6 +296,7 @@ impl<L> Requests<L> {
             finished,
             unpublished: false,
             ring_waits: false,
+            retry_more: false,
             under_way: 0,
             done: Vec::with_capacity(depth.into()),
         }
@@ -315,12 +327,19 @@ impl<L> Requests<L> {
     fn retry<V: Visit<Lease = L>>(&mut self, server: &mut Server<'_, V>) -> Result<bool, Broken> {
         let mut some = false;
         let mut at = 0;
+        let mut bytes = 0;
+        self.retry_more = false;
         while let Some(&token) = self.waiting.get(at) {
+            if bytes >= TURN_BYTES {
+                self.retry_more = true;
+                break;
+            }
             let slot = &mut self.slots[usize::from(token)];
             if slot.still_lacks(server.visit) {
                 at += 1;
                 continue;
             }
+            bytes += slot.len();
             match slot.serve(server, token)? {
                 // No more can be asked for now, by the younger ones either.
                 Served::Waiting if slot.lacks == Some(Lack::Unasked) => break,
@@ -361,12 +380,14 @@ impl<L> Requests<L> {
         if !self.unpublished {
             return Ok(false);
         }
-        match ring.publish().and_then(|()| ring.needs_notification()) {
-            Ok(notify) => {
-                self.unpublished = false;
-                Ok(notify)
-            }
-            Err(stop) => wait_or_break(stop, &mut self.ring_waits).map(|()| false),
+        if let Err(stop) = ring.publish() {
+            return wait_or_break(stop, &mut self.ring_waits).map(|()| false);
+        }
+        self.unpublished = false;
+        match ring.needs_notification() {
+            Ok(notify) => Ok(notify),
+            // Whether the driver wants to be told can't be seen now. Once too often does no harm.
+            Err(stop) => wait_or_break(stop, &mut self.ring_waits).map(|()| true),
         }
     }
 
@@ -441,8 +462,11 @@ impl<L> Slot<L> {
     /// Resolves every byte of the chain. Goes on behind a miss, so that all misses are asked for at once, and ends at
     /// the first fault only when nothing is missing: before that it is not known whether the status byte can be reached.
     fn translate<V: Visit>(&mut self, visit: &V) -> Result<(), Stop> {
-        self.readable.clear();
-        self.writable.clear();
+        for pieces in [&mut self.readable, &mut self.writable] {
+            pieces.clear();
+            // A chain may be of a million pieces; room for that is not kept in every slot.
+            pieces.shrink_to(PIECES_KEPT);
+        }
         let (mut missed, mut faulted) = (None, None);
         let mut misses = 0;
         self.lacks = None;

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 /// How long a queue sleeps at the most while a chain waits for translations. News wake it; this is for news that were
 /// lost.
 const WAITING_NAP: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+const RETRY: Duration = Duration::from_millis(20);
 
 /// How long a queue sleeps that nobody wakes.
 const LOOKING_NAP: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
@@ -77,6 +78,10 @@ impl Control {
 
     /// From now on the driver is told by `call`; `None`: it looks by itself.
     pub fn set_call(&self, call: Option<OwnedFd>) {
+        // What was used since the last one may have been told to nobody.
+        if let Some(call) = &call {
+            ring(call.as_fd());
+        }
         *self.call.lock().unwrap_or_else(PoisonError::into_inner) = call.map(Arc::new);
         self.call_changed.store(true, Ordering::Release);
     }
@@ -173,12 +178,20 @@ fn run<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Res
     let mut call = control.call();
     let mut idle_since: Option<Instant> = None;
     let mut looks = 0;
-    let mut overslept = false;
+    // What an earlier run left is tried at once, and what that one used is told of: it may not have been.
+    let mut tried = None;
+    if let Some(call) = &call {
+        ring(call.as_fd());
+    }
     queue.ignore()?;
     while !control.stop.load(Ordering::Acquire) {
         let news = control.news.load(Ordering::Relaxed) && control.news.swap(false, Ordering::Acquire);
-        let turn = queue.turn(news || overslept)?;
-        overslept = false;
+        // News may be lost, or be about somebody else's question: now and then all is tried again.
+        let due = queue.is_waiting() && tried.is_none_or(|tried: Instant| tried.elapsed() >= RETRY);
+        if news || due {
+            tried = Some(Instant::now());
+        }
+        let turn = queue.turn(news || due)?;
         if control.call_changed.load(Ordering::Relaxed) && control.call_changed.swap(false, Ordering::Acquire) {
             call = control.call();
         }
@@ -198,28 +211,20 @@ fn run<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Res
                 continue;
             }
         }
-        overslept = nap(queue, control, bells)? == Nap::TimedOut;
+        nap(queue, control, bells)?;
         (idle_since, looks) = (None, 0);
     }
     Ok(())
 }
 
-#[derive(PartialEq, Eq)]
-enum Nap {
-    Woken,
-    TimedOut,
-}
-
 /// Sleeps until something happens.
-fn nap<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Result<Nap, Broken> {
-    if queue.listen()? {
-        queue.ignore()?;
-        return Ok(Nap::Woken);
+fn nap<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Result<(), Broken> {
+    if queue.listen()? && !queue.ring_waits() {
+        return queue.ignore();
     }
     control.sleeping.store(true, Ordering::Relaxed);
     // Orders `sleeping` before the look at the flags; see `Control::rouse`.
     fence(Ordering::SeqCst);
-    let mut nap = Nap::Woken;
     if !control.stop.load(Ordering::Relaxed) && !control.news.load(Ordering::Relaxed) {
         let timeout = match (queue.is_waiting(), &bells.kick) {
             (_, None) => Some(&LOOKING_NAP),
@@ -231,17 +236,14 @@ fn nap<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Res
         fds.extend(bells.kick.as_ref().map(|kick| PollFd::new(kick, PollFlags::IN)));
         fds.extend(queue.completion_fd().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         // An interrupted poll is one that ended early; the turn that follows looks at everything.
-        if poll(&mut fds, timeout) == Ok(0) {
-            nap = Nap::TimedOut;
-        }
+        let _ = poll(&mut fds, timeout);
     }
     control.sleeping.store(false, Ordering::Relaxed);
     hush(control.event.as_fd());
     if let Some(kick) = &bells.kick {
         hush(kick.as_fd());
     }
-    queue.ignore()?;
-    Ok(nap)
+    queue.ignore()
 }
 
 /// Adds one to an eventfd. One that is full already says what it should.

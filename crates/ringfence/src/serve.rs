@@ -100,13 +100,17 @@ where
 }
 
 impl Common {
-    fn serve(self, device: Arc<dyn Device>) -> anyhow::Result<ExitCode> {
-        let end = end_of_process().context("can't wait for SIGTERM and SIGINT")?;
-        let server = match (&self.socket, self.fd) {
+    /// First of all, while the only descriptors are those that were inherited.
+    fn server(&self) -> anyhow::Result<Server> {
+        Ok(match (&self.socket, self.fd) {
             (Some(path), _) => Server::bind(path)?,
             (None, Some(fd)) => Server::inherit(fd)?,
             (None, None) => unreachable!("the command line requires one of them"),
-        };
+        })
+    }
+
+    fn serve(self, server: Server, device: Arc<dyn Device>) -> anyhow::Result<ExitCode> {
+        let end = end_of_process().context("can't wait for SIGTERM and SIGINT")?;
         let options = Options {
             iommu: self.iommu,
             keep: self.iotlb,
@@ -173,9 +177,10 @@ impl ServeBlk {
         }
         log::to_stderr(self.common.log);
         let image = self.image.expect("the command line requires it");
+        let server = self.common.server()?;
         let storage = storage::open(&image, self.format, self.read_only)?;
         let options =
             blk::Options { queues: self.common.queues, queue_size: self.common.queue_size, serial: self.serial };
-        self.common.serve(Arc::new(Blk::new(storage, options)))
+        self.common.serve(server, Arc::new(Blk::new(storage, options)))
     }
 }

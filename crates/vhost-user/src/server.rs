@@ -7,6 +7,7 @@ use crate::wire::{BackendCode, BackendRequest, NeedReply, Reply, Request, WireEr
 use ringfence_device::Device;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketType, sockopt};
 use std::fmt::Display;
 use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -125,8 +126,12 @@ impl Server {
     pub fn inherit(fd: RawFd) -> Result<Self, ServerError> {
         // SAFETY: not -1, and only asked what it is; nothing is read from it and nothing closed.
         let probe = unsafe { BorrowedFd::borrow_raw(fd) };
-        let listens = rustix::net::sockopt::socket_acceptconn(probe)
-            .map_err(|error| ServerError::Inherit { fd, error: error.into() })?;
+        let failed = |error: Errno| ServerError::Inherit { fd, error: error.into() };
+        let listens = sockopt::socket_acceptconn(probe).map_err(failed)?;
+        let domain = sockopt::socket_domain(probe).map_err(failed)?;
+        if domain != AddressFamily::UNIX || sockopt::socket_type(probe).map_err(failed)? != SocketType::STREAM {
+            return Err(failed(Errno::PROTOTYPE));
+        }
         // SAFETY: open by the line above, and the command line gave it to us to own.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         let source = if listens { Source::Listener(fd.into()) } else { Source::Connected(fd.into()) };
@@ -171,7 +176,7 @@ impl Server {
                 // A front-end that left before it was taken in, or a host that is short of something for now.
                 Err(error) => {
                     tracing::warn!("can't take a front-end in: {error}");
-                    std::thread::sleep(std::time::Duration::from_millis(10));
+                    std::thread::sleep(std::time::Duration::from_secs(1));
                 }
             }
         }
@@ -321,6 +326,10 @@ impl Connection {
     }
 
     fn open_channel(&mut self, fd: OwnedFd) -> Result<(), Lost> {
+        // Answers belong to questions by their order, which a second channel would upset.
+        if self.backend.is_some() && self.session.needs_channel() {
+            return Err(SessionError::ChannelInUse.into());
+        }
         let sender = Sender::new(fd.try_clone().map_err(SessionError::Resources)?);
         self.session.backend().connect(Some(sender));
         self.backend = Some(Channel::new(fd));

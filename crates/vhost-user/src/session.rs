@@ -1,6 +1,7 @@
 //! The back-end's side of one connection: what each message does. Knows no socket; [`crate::server`] has it.
 
 use crate::backend::Backend;
+use crate::faults::Limit;
 pub use crate::keep::{Keep, UnknownKeep};
 use crate::keep::{Trust, Verdict};
 use crate::vring::{self, Start, StartError, Vring};
@@ -70,6 +71,8 @@ pub struct Session {
     iotlb: Option<Arc<Iotlb>>,
     regions: Regions,
     trust: Trust,
+    /// For the line that tells of a start: a guest can start its device as often as it likes.
+    starts: Limit,
     backend: Arc<Backend>,
     vrings: Vec<Vring>,
     status: u8,
@@ -161,6 +164,9 @@ pub enum SessionError {
     /// A translation that can't be kept.
     #[error("{0}")]
     Translation(#[from] Refused),
+    /// Another back-end channel while questions are under way on the one there is.
+    #[error("SET_BACKEND_REQ_FD while queues ask for translations on the channel there is")]
+    ChannelInUse,
     /// Translations where nothing is translated.
     #[error("IOTLB_MSG from a front-end that did not take the IOMMU flag")]
     NotTranslated,
@@ -222,6 +228,7 @@ impl Session {
             iotlb: None,
             regions: Regions::default(),
             trust: Trust::new(),
+            starts: Limit::new(),
             backend: Arc::default(),
             vrings,
             status: 0,
@@ -369,9 +376,12 @@ impl Session {
         Reply::Config { offset, flags, data }
     }
 
+    /// Status 0 resets a device (§2.1), but here it comes from a front-end, and QEMU sends it whenever it stops the device:
+    /// when the guest resets it, and when the machine is paused, before GET_VRING_BASE (7.2) or after it (10.0). A queue
+    /// that is only paused goes on with all that it had begun, so what tells the two apart is where it starts again.
     fn set_status(&mut self, status: u8) -> Answer {
         self.status = status;
-        if status == 0 { self.reset() } else { Ok(None) }
+        Ok(None)
     }
 
     /// Has translations kept for as long as the front-end can be relied on, or as the operator says.
@@ -414,9 +424,7 @@ impl Session {
     /// A device reset (§2.4): rings stop, and nothing that they had begun goes on.
     fn reset(&mut self) -> Answer {
         self.status = 0;
-        // The next driver may sit behind another kind of IOMMU: firmware, then a kernel.
-        self.trust = Trust::new();
-        self.keep_as_trusted();
+
         let enable = if self.protocol.is_empty() { Enable::On } else { Enable::Off };
         for vring in &mut self.vrings {
             vring.reset();
@@ -457,14 +465,18 @@ impl Session {
         // one that starts anew looks at its ring without having been told to, and if the guest has just switched its
         // IOMMU on over a driver that is gone, that is a fault in the guest's log.
         let translated = matches!(self.negotiated, Some(Negotiated { addressing: Addressing::Translated, .. }));
-        let running = |vring: &Vring| vring.is_running() && !translated;
-        let paused: Vec<_> = (0..self.vrings.len()).filter(|&index| running(&self.vrings[index])).collect();
-        paused.iter().for_each(|&index| self.vrings[index].pause());
+        if !translated {
+            self.pause_all();
+        }
         self.forget_translations();
         let changed = change(self);
         self.preload();
-        for index in paused {
-            self.start_if_ready(index)?;
+        // Also those that did not run because their ring had gone: a region is changed by taking it out and putting it
+        // in again. What keeps one from starting is no fault of this message.
+        for index in 0..self.vrings.len() {
+            if let Err(error) = self.start_if_ready(index) {
+                tracing::warn!("the memory table has changed, and {error}");
+            }
         }
         changed.map(|()| None)
     }
@@ -565,14 +577,18 @@ impl Session {
         let size = size.ok_or(SessionError::QueueSize { size: num, max })?;
         let vring = self.vring(index)?;
         vring.pause();
-        vring.size = size;
+        vring.set_size(size);
         self.start_if_ready(index as usize)
     }
 
     fn set_vring_addr(&mut self, addresses: VringAddr) -> Answer {
         let vring = self.vring(addresses.index)?;
         vring.pause();
-        vring.addresses = Some(addresses);
+        if vring.set_addresses(addresses) {
+            // Another driver: it may sit behind another kind of IOMMU than the last, as a kernel does after firmware.
+            self.trust = Trust::new();
+            self.keep_as_trusted();
+        }
         self.start_if_ready(addresses.index as usize)
     }
 
@@ -617,7 +633,7 @@ impl Session {
     /// Starts a queue once its front-end has said everything about it, in whatever order.
     fn start_if_ready(&mut self, index: usize) -> Answer {
         let vring = &self.vrings[index];
-        let (true, Some(addresses)) = (vring.is_ready(), vring.addresses) else { return Ok(None) };
+        let (true, Some(addresses)) = (vring.is_ready(), vring.addresses()) else { return Ok(None) };
         let (Some(negotiated), Some(iotlb)) = (self.negotiated, &self.iotlb) else {
             return Err(SessionError::TooEarly {
                 message: FrontendCode::SetVringKick,
@@ -627,7 +643,7 @@ impl Session {
         if negotiated.addressing == Addressing::Translated && !self.backend.is_connected() {
             return Err(SessionError::NoChannel);
         }
-        let layout = vring::layout(vring.size, self.bus_addresses(negotiated.addressing, &addresses)?);
+        let layout = vring::layout(vring.size(), self.bus_addresses(negotiated.addressing, &addresses)?);
         let has = |bit: u64| negotiated.features & bit != 0;
         let with = Start {
             index: index as u16,
@@ -643,7 +659,7 @@ impl Session {
             backend: &self.backend,
             poll: self.options.poll,
         };
-        if index == 0 {
+        if index == 0 && self.starts.tell().is_some() {
             tracing::info!(
                 addressing = ?negotiated.addressing,
                 features = format_args!("{:#x}", negotiated.features),

@@ -15,8 +15,8 @@ use std::time::Duration;
 
 /// One queue as its front-end set it up, and its thread while it runs.
 pub(crate) struct Vring {
-    pub(crate) size: u16,
-    pub(crate) addresses: Option<VringAddr>,
+    size: u16,
+    addresses: Option<VringAddr>,
     pub(crate) enable: Enable,
     /// As SET_VRING_BASE said, or where the queue was when it last stopped.
     base: u32,
@@ -94,6 +94,31 @@ impl Vring {
             && self.worker.is_none()
     }
 
+    pub(crate) fn size(&self) -> u16 {
+        self.size
+    }
+
+    pub(crate) fn addresses(&self) -> Option<VringAddr> {
+        self.addresses
+    }
+
+    /// SET_VRING_NUM. What a queue of another size had begun is another driver's.
+    pub(crate) fn set_size(&mut self, size: u16) {
+        if size != self.size {
+            self.stopped = None;
+        }
+        self.size = size;
+    }
+
+    /// SET_VRING_ADDR; whether the ring was somewhere else. What that had begun is another driver's.
+    pub(crate) fn set_addresses(&mut self, addresses: VringAddr) -> bool {
+        let moved = self.addresses.replace(addresses) != Some(addresses);
+        if moved {
+            self.stopped = None;
+        }
+        moved
+    }
+
     /// SET_VRING_BASE. What the queue had begun when it stopped goes on only if it goes on from there.
     pub(crate) fn set_base(&mut self, base: u32) {
         if base != self.base {
@@ -125,22 +150,27 @@ impl Vring {
 
     pub(crate) fn start(&mut self, with: &Start<'_>) -> Result<(), StartError> {
         assert!(self.worker.is_none(), "a queue that runs is stopped before it starts");
+        if self.format != with.rules.format {
+            self.stopped = None;
+        }
         self.format = with.rules.format;
-        let stopped = match self.stopped.take() {
-            Some(stopped) => stopped,
-            None => Stopped::at(Position::from_vring_base(self.format, self.base)?),
+        let position = match &self.stopped {
+            Some(stopped) => stopped.position,
+            None => Position::from_vring_base(self.format, self.base)?,
         };
-        let ring = DeviceQueue::new(with.rules, with.layout, stopped.position)?;
+        let ring = DeviceQueue::new(with.rules, with.layout, position)?;
         let handler = Arc::clone(with.device).open_queue(with.index, self.size, with.features)?;
         let control = Control::new(clone(&self.call)?)?;
-        let view = with.iotlb.view(Arc::new(Waker(Arc::clone(&control))));
-        let report = Box::new(FaultReport::new(with.index, Arc::clone(with.backend)));
-        let queue = Queue::new(ring, self.size, view, handler, report, stopped);
         let kick = match &self.kick {
             Kick::Event(fd) => Some(fd.try_clone()?),
             Kick::Unset | Kick::Poll => None,
         };
         let bells = Bells { kick, error: clone(&self.error)?, poll: with.poll };
+        let view = with.iotlb.view(Arc::new(Waker(Arc::clone(&control))));
+        let report = Box::new(FaultReport::new(with.index, Arc::clone(with.backend)));
+        // Not before all of that is there: what had been begun waits for the next try.
+        let stopped = self.stopped.take().unwrap_or_else(|| Stopped::at(position));
+        let queue = Queue::new(ring, self.size, view, handler, report, stopped);
         let name = format!("{}-queue-{}", with.device.name(), with.index);
         self.worker = Some(Worker::start(&name, queue, control, bells)?);
         Ok(())
@@ -152,18 +182,22 @@ impl Vring {
             self.stopped = worker.stop();
             match &self.stopped {
                 Some(stopped) => self.base = stopped.position.vring_base(self.format),
-                None => tracing::error!(
-                    "a queue's thread panicked: a bug of ringfence's; the guest has to reset its device"
-                ),
+                None => {
+                    // Where it was is lost, so it starts again only when a driver has set it up anew.
+                    self.addresses = None;
+                    tracing::error!(
+                        "a queue's thread panicked: a bug of ringfence's; the guest has to reset its device"
+                    );
+                }
             }
         }
     }
 
-    /// GET_VRING_BASE: the queue stops, and its bells are the front-end's again.
+    /// GET_VRING_BASE: the queue stops until there is a kick again. The call stays: a front-end whose guest has masked its
+    /// interrupt sends none before the guest unmasks it.
     pub(crate) fn stop(&mut self) -> u32 {
         self.pause();
         self.kick = Kick::Unset;
-        self.call = None;
         self.base
     }
 

@@ -110,10 +110,11 @@ impl Iotlb {
                 Ok(Iotlb::Update { iova, size: raw.size, uaddr, perm: raw.permission(message)? })
             }
             IotlbMessage::INVALIDATE if raw.size == 0 => Ok(Iotlb::Invalidate(Invalidated::Everything)),
-            IotlbMessage::INVALIDATE => match iova.last(raw.size) {
-                Some(last) => Ok(Iotlb::Invalidate(Invalidated::Range { first: iova, last })),
-                None => Err(WireError::Range { message, field: "iova", start: raw.iova, size: raw.size }),
-            },
+            IotlbMessage::INVALIDATE => {
+                // One that passes the top of the space is wrong, and taking away more is the safe way to be wrong.
+                let last = iova.last(raw.size).unwrap_or(BusAddr(u64::MAX));
+                Ok(Iotlb::Invalidate(Invalidated::Range { first: iova, last }))
+            }
             kind => Err(WireError::Value { message, field: "type", value: kind.into() }),
         }
     }
