@@ -378,9 +378,15 @@ impl Session {
 
     /// Status 0 resets a device (§2.1), but here it comes from a front-end, and QEMU sends it whenever it stops the device:
     /// when the guest resets it, and when the machine is paused, before GET_VRING_BASE (7.2) or after it (10.0). A queue
-    /// that is only paused goes on with all that it had begun, so what tells the two apart is where it starts again.
+    /// that is only paused goes on with all that it had begun, so what tells the two apart is where it starts again. In
+    /// both, no byte of memory moves from here on.
     fn set_status(&mut self, status: u8) -> Answer {
         self.status = status;
+        if status == 0 {
+            self.vrings.iter_mut().for_each(|vring| {
+                vring.stop();
+            });
+        }
         Ok(None)
     }
 
