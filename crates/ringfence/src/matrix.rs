@@ -56,3 +56,21 @@ impl Run {
         Ok(if unexpected == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_goes_where_it_is_told_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("matrix.json");
+        let only = "platform=x86-iommu driver=new".parse().unwrap();
+        Run { format: Format::Json, output: Some(path.clone()), only }.run().unwrap();
+        let read: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        assert_eq!((read["schema"].as_u64(), read["cells"].as_array().map(Vec::len)), (Some(1), Some(5)));
+
+        let only = "platform=xen platform=x86".parse().unwrap();
+        assert!(Run { format: Format::Table, output: None, only }.run().is_err(), "no cell is both");
+    }
+}
