@@ -156,3 +156,64 @@ fn damage(damage: &[Damage]) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Owner;
+    use crate::world::Flag;
+    use ringfence_dma::{Access, BusAddr, Fault, FaultReason, Gpa};
+    use ringfence_iommu::Faults;
+
+    const FAULT: Fault = Fault { addr: BusAddr(0x1000), access: Access::Write, reason: FaultReason::Forbidden };
+
+    fn touch(sent: u64, reached: Option<u64>) -> Touch {
+        Touch { sent: BusAddr(sent), reached: reached.map(Gpa), access: Access::Read }
+    }
+
+    /// A cell that works translated.
+    fn good() -> Observation {
+        Observation {
+            outcome: Outcome::Done,
+            flag: Flag::Taken,
+            touches: vec![touch(0x9000, Some(0x1000)), touch(0x9004, Some(0x1004))],
+            iommu: Some(Faults::default()),
+            complaints: Vec::new(),
+            probe: Some(Probe::Stopped(FAULT)),
+            damage: Vec::new(),
+            disk: Content::Written,
+        }
+    }
+
+    #[test]
+    fn every_verdict_and_what_it_takes() {
+        let check = |expected, change: &dyn Fn(&mut Observation)| {
+            let mut seen = good();
+            change(&mut seen);
+            assert_eq!(Verdict::of(&seen), expected, "{seen:?}");
+        };
+        let faulted = Some(Faults { total: 1, latest: vec![FAULT] });
+        let failed = || Outcome::Failed("no answer".into());
+        let damage = Damage { addr: 0, owner: Owner::Guest, was: vec![1], found: vec![2] };
+
+        check(Verdict::WorksTranslated, &|_| ());
+        check(Verdict::WorksUnconfined, &|seen| seen.probe = Some(Probe::Reached));
+        // One address that was not translated is one too many.
+        check(Verdict::Bypasses, &|seen| seen.touches.push(touch(0x2000, Some(0x2000))));
+        check(Verdict::Bypasses, &|seen| seen.touches.push(touch(0x2000, None)));
+        check(Verdict::Bypasses, &|seen| seen.touches.clear());
+        check(Verdict::WorksUntranslated, &|seen| {
+            (seen.touches, seen.iommu) = (vec![touch(0x2000, Some(0x2000))], None)
+        });
+        check(Verdict::RefusedByDevice, &|seen| seen.outcome = Outcome::RefusedByDevice(Refusal::FlagRequired));
+        check(Verdict::RefusedByDriver, &|seen| seen.outcome = Outcome::RefusedByDriver(Refusal::FlagRequired));
+        check(Verdict::FailsSilently, &|seen| seen.outcome = failed());
+        check(Verdict::FailsCleanly, &|seen| (seen.outcome, seen.iommu) = (failed(), faulted.clone()));
+        // Whatever else was seen.
+        check(Verdict::Corrupts, &|seen| seen.damage = vec![damage.clone()]);
+        check(Verdict::Corrupts, &|seen| (seen.outcome, seen.damage) = (failed(), vec![damage.clone()]));
+        check(Verdict::Corrupts, &|seen| seen.disk = Content::Untouched);
+        check(Verdict::Corrupts, &|seen| (seen.outcome, seen.disk) = (failed(), Content::Wrong { at: 0 }));
+        check(Verdict::Corrupts, &|seen| seen.outcome = Outcome::WrongData { at: 0, expected: 1, found: 2 });
+    }
+}

@@ -5,7 +5,7 @@ use ringfence_driver::mapper::Direct;
 use ringfence_iommu::Strict;
 use ringfence_matrix::proposal::{Agreement, Proposal};
 use ringfence_matrix::report::Cell;
-use ringfence_matrix::{Area, Bus, Case, Genuine, Matrix, Parts, Select, Verdict, World};
+use ringfence_matrix::{Area, Bus, Case, Genuine, Matrix, Parts, Select, Verdict, World, XenDma};
 use ringfence_policy::{IommuMode, Platform};
 use std::sync::Arc;
 
@@ -166,4 +166,46 @@ impl Parts for Generous {
 #[test]
 fn translation_without_protection_is_found() {
     turns_red(&Generous, "platform=x86-iommu driver=new|refusing device=new-*", Verdict::WorksUnconfined);
+}
+
+/// A bounce pool that never copies back what the device wrote.
+struct Forgetful;
+
+struct NothingBack<'w>(XenDma<'w>);
+
+impl Mapper for NothingBack<'_> {
+    fn max_len(&self) -> usize {
+        self.0.max_len()
+    }
+
+    fn map(&self, buffer: Buffer<'_>, permission: Permission) -> Result<Mapped, DmaError> {
+        self.0.map(buffer, permission)
+    }
+
+    fn unmap(&self, mapped: Mapped, buffer: Buffer<'_>, _: Permission) {
+        self.0.unmap(mapped, buffer, Permission::ReadOnly);
+    }
+
+    fn allocate(&self, len: usize) -> Result<(Mapped, HostSlice<'_>), DmaError> {
+        self.0.allocate(len)
+    }
+
+    fn free(&self, mapped: Mapped) {
+        self.0.free(mapped);
+    }
+}
+
+impl Parts for Forgetful {
+    fn dma_api<'w>(&self, case: Case, world: &'w World) -> Result<Box<dyn Mapper + 'w>, DmaError> {
+        assert_eq!(case.platform, Platform::Xen);
+        Ok(Box::new(NothingBack(XenDma::new(&world.frames, world.machine.buffer(Area::BOUNCE))?)))
+    }
+}
+
+#[test]
+fn bytes_that_do_not_come_back_are_found() {
+    turns_red(&Forgetful, "platform=xen driver!=old device=new-*", Verdict::Corrupts);
+    let cell = &run("platform=xen driver=new device=new-physical", &Forgetful).cells[0];
+    assert!(cell.evidence.driver.starts_with("byte 0 of the transfer"), "{}", cell.evidence.driver);
+    assert_eq!(cell.evidence.damage, [""; 0]);
 }
