@@ -17,8 +17,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("device", &["dma", "ring"]),
     ("driver", &["dma", "ring", "policy"]),
     ("vhost-user", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver"]),
+    ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver"]),
     ("guests", &[]),
-    ("ringfence", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver", "vhost-user"]),
+    ("ringfence", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver", "vhost-user", "matrix"]),
 ];
 
 /// Compares every manifest with the arrows.

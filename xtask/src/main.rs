@@ -30,7 +30,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Formatting, lints, no_std builds, documentation, tests, the demo, and real guests.
+    /// Formatting, lints, no_std builds, documentation, tests, the demo, the matrix, and real guests.
     ///
     /// Logs of all steps are kept in target/xtask; kernels and QEMU in target/guests.
     Test {
@@ -126,6 +126,7 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
         &[("RUSTFLAGS", "--cfg loom"), ("CARGO_TARGET_DIR", &loom)],
     )?;
     steps.cargo("demo", &["run", "--release", "-p", "ringfence", "--", "demo"], &[])?;
+    steps.cargo("matrix", &["run", "--release", "-p", "ringfence", "--", "matrix"], &[])?;
     boots(workspace, steps, guests)
 }
 

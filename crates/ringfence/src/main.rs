@@ -2,6 +2,7 @@
 
 mod demo;
 mod log;
+mod matrix;
 mod serve;
 
 use clap::{Parser, Subcommand};
@@ -33,6 +34,7 @@ enum Command {
     #[command(subcommand)]
     Serve(serve::Serve),
     Demo(demo::Demo),
+    Matrix(matrix::Run),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +51,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Serve(serve) => serve.run(),
         Command::Demo(demo) => demo.run(),
+        Command::Matrix(matrix) => matrix.run(),
     }
 }
 
