@@ -209,7 +209,7 @@ impl World {
             patience: Duration::from_secs(10),
         };
         let transport = FrontendTransport::new(Arc::clone(&self.frontend), attachment);
-        Blk::start(transport, host, Options { depth: DEPTH, segments: 128 })
+        Blk::start(transport, host, Options { depth: DEPTH, segments: 96 })
     }
 
     fn buffer(&self, (offset, len): (usize, usize)) -> Buffer<'_> {
@@ -259,7 +259,7 @@ impl Mapper for ReadOnlyAt<'_, '_> {
 fn transfers<'p, 'm>(pieces: &'p [Buffer<'m>], offset: u64, len: usize) -> Vec<(u64, &'p [Buffer<'m>])> {
     let mut requests = Vec::new();
     let (mut at, mut rest) = (offset, pieces);
-    for count in [1, 2, 13, 64].into_iter().chain(std::iter::repeat(128)) {
+    for count in [1, 2, 13, 64].into_iter().chain(std::iter::repeat(96)) {
         if at == offset + len as u64 {
             break;
         }
