@@ -28,6 +28,7 @@ mod verdict;
 mod xen;
 
 pub mod proposal;
+pub mod record;
 pub mod report;
 pub mod world;
 

@@ -1,15 +1,13 @@
 //! The matrix, run, and written down as a table or as JSON.
 
 use crate::proposal::{Agreement, Proposal};
+use crate::record::{Observed, Proposed, Record, SCHEMA, Says, Source, Table};
 use crate::verdict::reason;
 use crate::world::{Flag, Observation, Outcome, Probe};
 use crate::{Case, Parts, Select, Verdict, observe};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::fmt::{self, Write};
-
-/// The version of the JSON: it changes when a field changes its meaning or goes.
-pub const SCHEMA: u32 = 1;
 
 /// How many addresses a cell's evidence shows.
 const ADDRESSES: usize = 6;
@@ -82,10 +80,9 @@ impl Matrix {
         self.cells.iter().filter(|cell| matches!(cell.agreement, Agreement::Unexpected(_)))
     }
 
-    /// As JSON; docs/matrix.md describes it.
-    pub fn to_json(&self) -> serde_json::Value {
-        let cells: Vec<_> = self.cells.iter().map(Cell::to_json).collect();
-        serde_json::json!({ "schema": SCHEMA, "cells": cells })
+    /// Written down.
+    pub fn table(&self) -> Table {
+        Table { schema: SCHEMA, cells: self.cells.iter().map(Cell::record).collect() }
     }
 }
 
@@ -117,29 +114,35 @@ impl Cell {
         }
     }
 
-    fn to_json(&self) -> serde_json::Value {
-        let says = match self.agreement {
-            Agreement::Silent => "silent",
-            Agreement::Unsure(_) => "unsure",
-            _ => "decided",
-        };
-        let agrees = match self.agreement {
-            Agreement::Silent | Agreement::Unsure(_) => None,
-            Agreement::Agrees => Some(true),
-            Agreement::Expected(..) | Agreement::Unexpected(_) => Some(false),
-        };
-        serde_json::json!({
-            "platform": self.case.platform_slug(),
-            "driver": self.case.driver.slug(),
-            "device": self.case.device_slug(),
-            "source": "embedded",
-            "proposal": { "says": says, "sentence": self.sentence() },
-            "observed": self.observed.slug(),
-            "agrees": agrees,
-            "unexpected": matches!(self.agreement, Agreement::Unexpected(_)),
-            "why": self.why(),
-            "evidence": self.evidence,
-        })
+    /// Written down.
+    pub fn record(&self) -> Record {
+        Record {
+            platform: self.case.platform_slug().into(),
+            driver: self.case.driver.slug().into(),
+            device: self.case.device_slug().into(),
+            source: Source::Embedded,
+            stands_for: None,
+            proposal: Proposed {
+                says: match self.agreement {
+                    Agreement::Silent => Says::Silent,
+                    Agreement::Unsure(_) => Says::Unsure,
+                    _ => Says::Decided,
+                },
+                sentence: self.sentence().map(Into::into),
+            },
+            observed: Observed::Verdict(self.observed),
+            agrees: match self.agreement {
+                Agreement::Silent | Agreement::Unsure(_) => None,
+                Agreement::Agrees => Some(true),
+                Agreement::Expected(..) | Agreement::Unexpected(_) => Some(false),
+            },
+            unexpected: matches!(self.agreement, Agreement::Unexpected(_)),
+            why: self.why(),
+            evidence: match serde_json::to_value(&self.evidence) {
+                Ok(serde_json::Value::Object(evidence)) => evidence,
+                other => unreachable!("a struct of texts and lists became {other:?}"),
+            },
+        }
     }
 }
 

@@ -43,7 +43,7 @@ impl Run {
         anyhow::ensure!(!matrix.cells.is_empty(), "--only leaves no cell");
         let text = match self.format {
             Format::Table => matrix.to_string(),
-            Format::Json => serde_json::to_string_pretty(&matrix.to_json())? + "\n",
+            Format::Json => serde_json::to_string_pretty(&matrix.table())? + "\n",
         };
         match &self.output {
             Some(path) => fs::write(path, text).with_context(|| format!("can't write {}", path.display()))?,
