@@ -14,6 +14,7 @@ pub struct Bus {
 #[derive(Debug)]
 enum Way {
     Plain,
+    Foreign,
     Iommu(Walk<Arc<Machine>>),
 }
 
@@ -49,6 +50,11 @@ impl Bus {
         Self { way: Way::Plain, machine: Arc::clone(machine), trace: trace.clone() }
     }
 
+    /// An address is the guest's own, of any of its pages: on Xen, what a privileged domain maps of another one.
+    pub fn foreign(machine: &Arc<Machine>, trace: &Trace) -> Self {
+        Self { way: Way::Foreign, ..Self::plain(machine, trace) }
+    }
+
     /// Through an IOMMU, which shows the device `domain`.
     pub fn through(domain: &Arc<Domain>, machine: &Arc<Machine>, trace: &Trace) -> Self {
         let walk = Walk::new(Arc::clone(domain), Arc::clone(machine));
@@ -62,8 +68,9 @@ impl Memory for Bus {
 
     fn visit(&mut self) -> BusVisit<'_> {
         let sight = match &mut self.way {
-            Way::Plain => None,
-            Way::Iommu(walk) => Some(walk.visit()),
+            Way::Plain => Seen::Plain,
+            Way::Foreign => Seen::Foreign,
+            Way::Iommu(walk) => Seen::Iommu(walk.visit()),
         };
         BusVisit { sight, machine: &self.machine, trace: &self.trace }
     }
@@ -72,28 +79,39 @@ impl Memory for Bus {
 /// A visit to memory by way of a [`Bus`].
 #[derive(Debug)]
 pub struct BusVisit<'m> {
-    sight: Option<Sight<'m, Arc<Machine>>>,
+    sight: Seen<'m>,
     machine: &'m Machine,
     trace: &'m Trace,
+}
+
+#[derive(Debug)]
+enum Seen<'m> {
+    Plain,
+    Foreign,
+    Iommu(Sight<'m, Arc<Machine>>),
 }
 
 impl Visit for BusVisit<'_> {
     type Lease = Option<Lease>;
 
     fn resolve(&self, sent: BusAddr, len: usize, access: Access, asked: Option<Ticket>) -> Result<HostSlice<'_>, Stop> {
+        let nowhere = Fault { addr: sent, access, reason: FaultReason::Unmapped };
         let slice = match &self.sight {
-            Some(sight) => sight.resolve(sent, len, access, asked)?,
-            None => self.machine.slice(Gpa(sent.0), len).ok_or(Fault {
-                addr: sent,
-                access,
-                reason: FaultReason::Unmapped,
-            })?,
+            Seen::Plain => self.machine.slice(Gpa(sent.0), len).ok_or(nowhere)?,
+            Seen::Foreign => {
+                let at = self.machine.machine_addr(Gpa(sent.0)).ok_or(nowhere)?;
+                self.machine.slice(Gpa(at), len).ok_or(nowhere)?
+            }
+            Seen::Iommu(sight) => sight.resolve(sent, len, access, asked)?,
         };
         self.trace.push(Touch { sent, reached: self.machine.guest_addr(slice), access });
         Ok(slice)
     }
 
     fn lease(&self, ranges: &[(BusAddr, u32)]) -> Option<Lease> {
-        self.sight.as_ref().map(|sight| sight.lease(ranges))
+        match &self.sight {
+            Seen::Plain | Seen::Foreign => None,
+            Seen::Iommu(sight) => Some(sight.lease(ranges)),
+        }
     }
 }

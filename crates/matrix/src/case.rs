@@ -66,6 +66,7 @@ impl Case {
             Platform::X86 => "x86",
             Platform::X86Iommu => "x86-iommu",
             Platform::Xen => "xen",
+            Platform::XenGrants => "xen-grants",
             Platform::PpcProposed => "ppc-proposed",
             Platform::PpcToday => "ppc-today",
             Platform::Arm64 => "arm64",
@@ -209,11 +210,11 @@ mod tests {
     #[test]
     fn selections() {
         for (text, count) in [
-            ("", 140),
+            ("", 160),
             ("platform=xen", 20),
             ("platform=x86*", 40),
             ("platform=x86", 20),
-            ("platform!=x86*|xen  driver=old", 20),
+            ("platform!=x86*|xen*  driver=old", 20),
             ("device=old-*,driver!=old,platform=xen|arm64*", 18),
             ("platform=xen platform=x86", 0),
         ] {

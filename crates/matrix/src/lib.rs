@@ -23,6 +23,7 @@
 mod attach;
 mod bus;
 mod case;
+mod grants;
 mod machine;
 mod verdict;
 mod xen;
@@ -35,6 +36,7 @@ pub mod world;
 pub use attach::{Attached, Halt, Slot};
 pub use bus::{Bus, BusVisit, Touch, Trace};
 pub use case::{Case, DriverKind, Select, SelectError};
+pub use grants::Grants;
 pub use machine::{ALL, Area, Damage, Machine, OWN, Owner, PAGE};
 pub use report::{Cell, Matrix};
 pub use verdict::Verdict;

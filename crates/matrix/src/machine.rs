@@ -53,7 +53,7 @@ static CANARIES: LazyLock<Vec<u8>> =
 impl Machine {
     /// The memory of a machine of this kind, with canaries everywhere.
     pub fn new(platform: Platform) -> Self {
-        let xen = platform == Platform::Xen;
+        let xen = matches!(platform, Platform::Xen | Platform::XenGrants);
         let mut frames: Vec<usize> = (0..ALL).collect();
         if xen {
             let Area(bounce, bounce_end) = Area::BOUNCE;
@@ -201,7 +201,8 @@ mod tests {
                 assert_eq!(machine.pages[machine.frames[page]], page, "{platform}");
             }
             let differ = (0..OWN).filter(|&page| machine.frames[page] != page).count();
-            assert_eq!(differ, if platform == Platform::Xen { OWN } else { 0 }, "{platform}");
+            let xen = matches!(platform, Platform::Xen | Platform::XenGrants);
+            assert_eq!(differ, if xen { OWN } else { 0 }, "{platform}");
         }
     }
 

@@ -43,6 +43,9 @@ pub struct Disagreement {
     pub sentence: String,
     /// In which cells.
     pub cells: Select,
+    /// What happens there instead. Anything else is unexpected.
+    #[serde(deserialize_with = "verdicts")]
+    pub verdicts: Vec<Verdict>,
     /// Why.
     pub why: String,
 }
@@ -92,7 +95,9 @@ impl Proposal {
                 };
                 continue;
             }
-            let known = |known: &&Disagreement| known.sentence == sentence.id && known.cells.matches(&case);
+            let known = |known: &&Disagreement| {
+                known.sentence == sentence.id && known.cells.matches(&case) && known.verdicts.contains(&verdict)
+            };
             agreement = match (self.disagreements.iter().find(known), agreement) {
                 (None, _) => return Agreement::Unexpected(sentence),
                 (Some(_), first @ Agreement::Expected(..)) => first,

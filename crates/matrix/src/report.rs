@@ -3,7 +3,7 @@
 use crate::proposal::{Agreement, Proposal};
 use crate::record::{Observed, Proposed, Record, SCHEMA, Says, Source, Table};
 use crate::verdict::reason;
-use crate::world::{Flag, Observation, Outcome, Probe};
+use crate::world::{Flag, Observation, Outcome, Probe, Probes};
 use crate::{Case, Parts, Select, Verdict, observe};
 use serde::Serialize;
 use std::collections::BTreeSet;
@@ -47,10 +47,12 @@ pub struct Evidence {
     pub device: Vec<String>,
     /// The first different addresses that the device sent, and what it reached.
     pub addresses: Vec<Address>,
-    /// What the IOMMU recorded; `null` where there is none.
+    /// What was recorded as stopped; `null` where there is nothing that stops and records.
     pub faults: Option<Vec<String>>,
     /// What became of a write to a page that was lent for reading; `null` where nothing worked.
     pub forbidden_page: Option<String>,
+    /// What became of a write to a page that had been lent and was taken back; `null` where nothing worked.
+    pub returned_page: Option<String>,
     /// Bytes that changed though nobody had lent them.
     pub damage: Vec<String>,
     /// What the disk held in the end.
@@ -159,6 +161,12 @@ impl Evidence {
                 addresses.push(address);
             }
         }
+        let page = |of: fn(Probes) -> Probe| {
+            seen.probes.map(|probes| match of(probes) {
+                Probe::Stopped(fault) => format!("stopped: {fault}"),
+                Probe::Reached => "written".into(),
+            })
+        };
         Self {
             flag: seen.flag.slug(),
             driver: match &seen.outcome {
@@ -172,10 +180,8 @@ impl Evidence {
             device: seen.complaints.clone(),
             addresses,
             faults: seen.iommu.as_ref().map(|faults| faults.latest.iter().map(ToString::to_string).collect()),
-            forbidden_page: seen.probe.as_ref().map(|probe| match probe {
-                Probe::Stopped(fault) => format!("stopped: {fault}"),
-                Probe::Reached => "written".into(),
-            }),
+            forbidden_page: page(|probes| probes.forbidden),
+            returned_page: page(|probes| probes.returned),
             damage: seen.damage.iter().map(ToString::to_string).collect(),
             disk: seen.disk.to_string(),
         }

@@ -1,4 +1,4 @@
-use crate::world::{Content, Observation, Outcome, Probe};
+use crate::world::{Content, Observation, Outcome, Probe, Probes};
 use crate::{Damage, Touch};
 use ringfence_policy::Refusal;
 use std::fmt::{self, Write};
@@ -7,9 +7,9 @@ use std::fmt::{self, Write};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verdict {
     /// Every address that the device sent meant another place than the guest's byte of that number, it was the right
-    /// one, and a page that was not lent for that was out of reach.
+    /// one, and a page that was not lent for that, or not any more, was out of reach.
     WorksTranslated,
-    /// The same, but the page was reached: addresses are translated, and nothing is protected.
+    /// The same, but such a page was reached: addresses are translated, and not everything is protected.
     WorksUnconfined,
     /// Addresses are the guest's own, and there is no IOMMU.
     WorksUntranslated,
@@ -21,7 +21,7 @@ pub enum Verdict {
     RefusedByDevice,
     /// The driver gets an error, a fault is recorded, and nothing has changed.
     FailsCleanly,
-    /// The driver gets an error or no answer, nothing has changed, and nobody recorded why.
+    /// The driver gets an error or no answer, nothing has changed, and no IOMMU recorded why.
     FailsSilently,
     /// Bytes changed that nobody had lent, or the wrong ones came back or went to the disk.
     Corrupts,
@@ -80,8 +80,10 @@ impl Verdict {
     fn of_success(seen: &Observation) -> Self {
         let translated = |touch: &Touch| touch.reached.is_some_and(|reached| reached.0 != touch.sent.0);
         let all = !seen.touches.is_empty() && seen.touches.iter().all(translated);
-        match (all, &seen.probe, &seen.iommu) {
-            (true, Some(Probe::Stopped(_)), _) => Verdict::WorksTranslated,
+        match (all, &seen.probes, &seen.iommu) {
+            (true, Some(Probes { forbidden: Probe::Stopped(_), returned: Probe::Stopped(_) }), _) => {
+                Verdict::WorksTranslated
+            }
             (true, ..) => Verdict::WorksUnconfined,
             (false, _, None) => Verdict::WorksUntranslated,
             (false, _, Some(_)) => Verdict::Bypasses,
@@ -118,7 +120,7 @@ pub(crate) fn reason(seen: &Observation) -> String {
         (_, Content::Wrong { at }) => format!("the disk is wrong from byte {at:#x} on"),
         (Outcome::Done, Content::Untouched) => "the disk does not hold what was written".into(),
         (Outcome::Failed(error), _) => match seen.iommu.as_ref().and_then(|faults| faults.latest.first()) {
-            Some(fault) => format!("the IOMMU stopped a {fault}"),
+            Some(fault) => format!("stopped: {fault}"),
             None => error.clone(),
         },
         (Outcome::Done, Content::Written) => success(seen),
@@ -141,9 +143,19 @@ fn success(seen: &Observation) -> String {
         Some(Touch { sent, reached: Some(reached), .. }) => format!("sent {sent}, reached the guest's {reached}"),
         _ => "the device touched nothing of the guest's".into(),
     };
-    text += match &seen.probe {
-        Some(Probe::Stopped(_)) => "; forbidden page: stopped",
-        Some(Probe::Reached) => "; forbidden page: written",
+    text += match seen.probes {
+        Some(Probes { forbidden: Probe::Stopped(_), returned: Probe::Stopped(_) }) => {
+            "; forbidden and returned pages: stopped"
+        }
+        Some(Probes { forbidden: Probe::Stopped(_), returned: Probe::Reached }) => {
+            "; forbidden page: stopped; returned page: written"
+        }
+        Some(Probes { forbidden: Probe::Reached, returned: Probe::Stopped(_) }) => {
+            "; forbidden page: written; returned page: stopped"
+        }
+        Some(Probes { forbidden: Probe::Reached, returned: Probe::Reached }) => {
+            "; forbidden and returned pages: written"
+        }
         None => "",
     };
     text
@@ -179,7 +191,7 @@ mod tests {
             touches: vec![touch(0x9000, Some(0x1000)), touch(0x9004, Some(0x1004))],
             iommu: Some(Faults::default()),
             complaints: Vec::new(),
-            probe: Some(Probe::Stopped(FAULT)),
+            probes: Some(Probes { forbidden: Probe::Stopped(FAULT), returned: Probe::Stopped(FAULT) }),
             damage: Vec::new(),
             disk: Content::Written,
         }
@@ -197,7 +209,9 @@ mod tests {
         let damage = Damage { addr: 0, owner: Owner::Guest, was: vec![1], found: vec![2] };
 
         check(Verdict::WorksTranslated, &|_| ());
-        check(Verdict::WorksUnconfined, &|seen| seen.probe = Some(Probe::Reached));
+        check(Verdict::WorksUnconfined, &|seen| seen.probes.as_mut().unwrap().forbidden = Probe::Reached);
+        check(Verdict::WorksUnconfined, &|seen| seen.probes.as_mut().unwrap().returned = Probe::Reached);
+        check(Verdict::WorksUnconfined, &|seen| seen.probes = None);
         // One address that was not translated is one too many.
         check(Verdict::Bypasses, &|seen| seen.touches.push(touch(0x2000, Some(0x2000))));
         check(Verdict::Bypasses, &|seen| seen.touches.push(touch(0x2000, None)));

@@ -1,17 +1,18 @@
 //! A cell's world, and what can be seen in it.
 
 use crate::{
-    Area, Attached, Bus, Case, Damage, DriverKind, FrameTable, Halt, Machine, OWN, PAGE, Slot, Touch, Trace, XenDma,
+    Area, Attached, Bus, Case, Damage, DriverKind, FrameTable, Grants, Halt, Machine, OWN, PAGE, Slot, Touch, Trace,
+    XenDma,
 };
 use ringfence_device::blk::{self, Blk as Disk};
 use ringfence_device::queue::Report;
 use ringfence_device::storage::{Memory as MemoryDisk, Storage};
-use ringfence_dma::{Buffer, BusAddr, DmaError, Fault, HostSlice, Mapped, Mapper, Permission};
+use ringfence_dma::{Buffer, BusAddr, DmaError, Fault, Gpa, HostSlice, Mapped, Mapper, Permission};
 use ringfence_driver::blk::{Blk, BlkError, Options};
 use ringfence_driver::embedded::{Embedded, EmbeddedError};
 use ringfence_driver::mapper::Direct;
 use ringfence_driver::{Host, StartError};
-use ringfence_iommu::{Domain, Faults, Strict, Window};
+use ringfence_iommu::{Domain, Faults, Mapping, Strict, Window};
 use ringfence_policy::{Addressing, Allow, DeviceKind, DriverPolicy, IommuMode, Platform, Reach, Refusal};
 use ringfence_ring::{Format, Indirect, Notifications, Rules};
 use std::fmt;
@@ -25,11 +26,26 @@ pub trait Parts {
         case.device.mode(case.platform)
     }
 
+    /// What the driver does about the flag. `allowed` names the device.
+    fn policy<'a>(&self, case: Case, allowed: &'a [Allow]) -> DriverPolicy<'a> {
+        match case.driver {
+            DriverKind::Old => DriverPolicy::Old,
+            DriverKind::New => DriverPolicy::New,
+            DriverKind::Refusing => DriverPolicy::Refusing { allowed: &[] },
+            DriverKind::Allowing => DriverPolicy::Refusing { allowed },
+        }
+    }
+
     /// The device's way to memory.
     fn bus(&self, case: Case, world: &World) -> Bus {
-        match (case.device.reach(case.platform), &world.domain) {
-            (Reach::ThroughIommu, Some(domain)) => Bus::through(domain, &world.machine, &world.trace),
-            _ => Bus::plain(&world.machine, &world.trace),
+        let World { machine, domain, assigned, trace, .. } = world;
+        match (case.device.reach(case.platform), domain, assigned) {
+            (Reach::ThroughIommu, Some(domain), _) => Bus::through(domain, machine, trace),
+            (Reach::Untranslated, _, Some(assigned)) if case.device.is_physical() => {
+                Bus::through(assigned, machine, trace)
+            }
+            (Reach::Untranslated, _, Some(_)) => Bus::foreign(machine, trace),
+            _ => Bus::plain(machine, trace),
         }
     }
 
@@ -40,6 +56,7 @@ pub trait Parts {
     fn dma_api<'w>(&self, case: Case, world: &'w World) -> Result<Box<dyn Mapper + 'w>, DmaError> {
         let rings = world.machine.buffer(Area::RINGS);
         Ok(match (&world.domain, case.platform) {
+            (Some(table), Platform::XenGrants) => Box::new(Grants::new(Arc::clone(table), &world.machine, rings)),
             (Some(domain), _) => Box::new(Strict::new(Arc::clone(domain), rings)),
             (None, Platform::Xen) => Box::new(XenDma::new(&world.frames, world.machine.buffer(Area::BOUNCE))?),
             (None, _) => Box::new(Direct::new(rings)),
@@ -58,8 +75,11 @@ impl Parts for Genuine {}
 pub struct World {
     /// Its memory.
     pub machine: Arc<Machine>,
-    /// What its IOMMU shows the device, if it has one.
+    /// What its IOMMU shows the device, if it has one. On Xen with grants that is the grant table.
     pub domain: Option<Arc<Domain>>,
+    /// On Xen with grants: what the host's IOMMU shows hardware that the guest was given, all of the guest's memory under
+    /// the guest's own addresses.
+    pub assigned: Option<Arc<Domain>>,
     /// Where the guest's frames are in the machine.
     pub frames: FrameTable,
     /// Where the device's accesses went.
@@ -72,11 +92,33 @@ impl World {
         let machine = Arc::new(Machine::new(platform));
         Self {
             domain: window(platform).map(|window| Arc::new(Domain::new(window))),
+            assigned: (platform == Platform::XenGrants).then(|| Arc::new(assigned(&machine))),
             frames: FrameTable::new(&machine),
             trace: Trace::default(),
             machine,
         }
     }
+
+    /// What was stopped, by whatever there is that stops a device and says so.
+    pub fn faults(&self) -> Option<Faults> {
+        let all = [&self.domain, &self.assigned].into_iter().flatten().map(|domain| domain.faults());
+        all.reduce(|mut all, Faults { total, latest }| {
+            all.total += total;
+            all.latest.extend(latest);
+            all
+        })
+    }
+}
+
+fn assigned(machine: &Machine) -> Domain {
+    let domain = Domain::default();
+    for page in 0..OWN {
+        let addr = (page * PAGE) as u64;
+        let gpa = Gpa(machine.machine_addr(Gpa(addr)).expect("a page of the guest's"));
+        let mapping = Mapping { addr: BusAddr(addr), gpa, len: PAGE as u64, permission: Permission::ReadWrite };
+        domain.map_at(mapping).expect("pages, one after the other");
+    }
+    domain
 }
 
 /// The bus addresses that the platform's IOMMU hands out, where it has one.
@@ -84,6 +126,8 @@ fn window(platform: Platform) -> Option<Window> {
     match platform {
         // Xen's IOMMU, where the machine has one, is the hypervisor's business: a guest's devices get machine addresses.
         Platform::X86 | Platform::Arm64 | Platform::Xen => None,
+        // References are handed out by whoever grants.
+        Platform::XenGrants => Some(Window::HIGH),
         // Bus addresses lie among those of memory, as Linux hands them out below 4 GiB: taken for physical ones they
         // are somebody's.
         Platform::X86Iommu | Platform::Arm64Smmu => {
@@ -103,14 +147,14 @@ pub struct Observation {
     pub outcome: Outcome,
     /// What became of the flag.
     pub flag: Flag,
-    /// The accesses of the device that were let through, but for those of the probe.
+    /// The accesses of the device that were let through, but for those of the probes.
     pub touches: Vec<Touch>,
-    /// What the IOMMU recorded, if there is one, but for the probe.
+    /// What was recorded as stopped, if there is anything that stops and records, but for the probes.
     pub iommu: Option<Faults>,
-    /// What the device itself complained of, but for the probe.
+    /// What the device itself complained of, but for the probes.
     pub complaints: Vec<String>,
     /// Whether the device reached what it must not. `None`: nobody tried, as nothing worked.
-    pub probe: Option<Probe>,
+    pub probes: Option<Probes>,
     /// Bytes that changed and were lent to nobody.
     pub damage: Vec<Damage>,
     /// What the disk holds in the end, read in another machine.
@@ -150,10 +194,19 @@ pub enum Flag {
     NotTaken,
 }
 
-/// What became of a page that the driver lent for reading, when the device was made to write to it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What became of pages that the device was made to write to, and must not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Probes {
+    /// One that was lent for reading.
+    pub forbidden: Probe,
+    /// One that was lent for writing, and is not any more.
+    pub returned: Probe,
+}
+
+/// What became of such a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
-    /// The IOMMU stopped it, and recorded this.
+    /// The write was stopped, and this recorded.
     Stopped(Fault),
     /// It was written, or nobody noticed.
     Reached,
@@ -213,10 +266,12 @@ pub fn observe(case: Case, parts: &dyn Parts) -> Observation {
     let mut transport = Embedded::new(attach(&storage, slot), mode).with_patience(PATIENCE);
 
     let buffers = Buffers::new(&world.machine);
-    let mut run = Run { outcome: Outcome::Done, before_probe: None, probe: None };
+    let allowed = [allow(case)];
+    let mut run = Run { complaints: &complaints, outcome: Outcome::Done, before_probes: None, probes: None };
     match parts.dma_api(case, &world) {
         Ok(translated) => {
-            if let Err(error) = run.drive(case, &world, &complaints, &buffers, &*translated, &mut transport) {
+            let policy = parts.policy(case, &allowed);
+            if let Err(error) = run.drive(case, policy, &world, &buffers, &*translated, &mut transport) {
                 run.outcome = not_started(error, transport.accepted());
             }
         }
@@ -230,14 +285,14 @@ pub fn observe(case: Case, parts: &dyn Parts) -> Observation {
         (true, false) => Flag::NotTaken,
     };
     drop(transport);
-    let Seen { touches, iommu, complaints } = run.before_probe.unwrap_or_else(|| Seen::now(&world, &complaints));
+    let Seen { touches, iommu, complaints } = run.before_probes.unwrap_or_else(|| Seen::now(&world, &complaints));
     Observation {
         outcome: run.outcome,
         flag,
         touches,
         iommu,
         complaints,
-        probe: run.probe,
+        probes: run.probes,
         damage: world.machine.damage(&buffers.lent),
         disk: content(&storage),
     }
@@ -252,11 +307,7 @@ struct Seen {
 
 impl Seen {
     fn now(world: &World, complaints: &Complaints) -> Self {
-        Self {
-            touches: world.trace.touches(),
-            iommu: world.domain.as_ref().map(|domain| domain.faults()),
-            complaints: complaints.all(),
-        }
+        Self { touches: world.trace.touches(), iommu: world.faults(), complaints: complaints.all() }
     }
 }
 
@@ -265,17 +316,18 @@ struct Buffers<'m> {
     from: Buffer<'m>,
     into: Buffer<'m>,
     read_only: Buffer<'m>,
+    returned: Buffer<'m>,
     /// These, and the pools.
-    lent: [Buffer<'m>; 5],
+    lent: [Buffer<'m>; 6],
 }
 
 impl<'m> Buffers<'m> {
     fn new(machine: &'m Machine) -> Self {
         let all = machine.buffer(Area::BUFFERS);
         let (from, into) = (all.sub(0x234, LEN), all.sub(3 * PAGE + 0x6ac, LEN));
-        let read_only = all.sub(6 * PAGE + 0x200, 512);
-        let lent = [from, into, read_only, machine.buffer(Area::RINGS), machine.buffer(Area::BOUNCE)];
-        Self { from, into, read_only, lent }
+        let (read_only, returned) = (all.sub(6 * PAGE + 0x200, 512), all.sub(7 * PAGE + 0x400, 512));
+        let lent = [from, into, read_only, returned, machine.buffer(Area::RINGS), machine.buffer(Area::BOUNCE)];
+        Self { from, into, read_only, returned, lent }
     }
 }
 
@@ -284,42 +336,35 @@ fn pattern() -> Vec<u8> {
     (0..LEN).map(|at| (at * 7 + at / 251 + 1) as u8).collect()
 }
 
-struct Run {
+struct Run<'c> {
+    complaints: &'c Complaints,
     outcome: Outcome,
-    before_probe: Option<Seen>,
-    probe: Option<Probe>,
+    before_probes: Option<Seen>,
+    probes: Option<Probes>,
 }
 
-impl Run {
+impl Run<'_> {
     fn drive<'w>(
         &mut self,
         case: Case,
+        policy: DriverPolicy<'_>,
         world: &'w World,
-        complaints: &Complaints,
         buffers: &Buffers<'w>,
         dma_api: &dyn Mapper,
         transport: &mut Embedded<Attached<Socket>>,
     ) -> Result<(), StartError<EmbeddedError>> {
         let direct = Direct::new(world.machine.buffer(Area::RINGS));
-        let physical = ReadOnlyAt { inner: &direct, buffer: buffers.read_only };
-        let translated = ReadOnlyAt { inner: dma_api, buffer: buffers.read_only };
-        let allowed = [allow(case)];
-        let host = Host {
-            platform: case.platform,
-            policy: match case.driver {
-                DriverKind::Old => DriverPolicy::Old,
-                DriverKind::New => DriverPolicy::New,
-                DriverKind::Refusing => DriverPolicy::Refusing { allowed: &[] },
-                DriverKind::Allowing => DriverPolicy::Refusing { allowed: &allowed },
-            },
-            physical: Some(&physical),
-            translated: Some(&translated),
-        };
+        let physical = Traps { inner: &direct, read_only: buffers.read_only, returned: buffers.returned };
+        let translated = Traps { inner: dma_api, ..physical };
+        let host = Host { platform: case.platform, policy, physical: Some(&physical), translated: Some(&translated) };
         let mut disk = Blk::start(transport, host, Options { depth: QUEUE_SIZE, segments: 4 })?;
         self.outcome = transfer(&mut disk, buffers);
-        self.before_probe = Some(Seen::now(world, complaints));
+        self.before_probes = Some(Seen::now(world, self.complaints));
         if self.outcome == Outcome::Done {
-            self.probe = Some(probe(&mut disk, world, buffers));
+            self.probes = Some(Probes {
+                forbidden: probe(&mut disk, world, buffers.read_only),
+                returned: probe(&mut disk, world, buffers.returned),
+            });
         }
         Ok(())
     }
@@ -334,7 +379,7 @@ fn not_started(error: StartError<EmbeddedError>, accepted: Option<Result<Address
     }
 }
 
-type Driver<'d, 'm> = Blk<'m, &'d mut Embedded<Attached<Socket>>, ReadOnlyAt<'m>>;
+type Driver<'d, 'm> = Blk<'m, &'d mut Embedded<Attached<Socket>>, Traps<'m>>;
 
 /// Writes, reads back, and compares.
 fn transfer<'m>(disk: &mut Driver<'_, 'm>, buffers: &Buffers<'m>) -> Outcome {
@@ -360,19 +405,18 @@ fn transfer<'m>(disk: &mut Driver<'_, 'm>, buffers: &Buffers<'m>) -> Outcome {
     wrong.unwrap_or(Outcome::Done)
 }
 
-/// Has the device write to a page that was lent to it for reading.
-fn probe<'m>(disk: &mut Driver<'_, 'm>, world: &World, buffers: &Buffers<'m>) -> Probe {
-    let memory = buffers.read_only.memory();
+/// Has the device write where it must not.
+fn probe<'m>(disk: &mut Driver<'_, 'm>, world: &World, trap: Buffer<'m>) -> Probe {
+    let memory = trap.memory();
     let bytes = || {
         let mut bytes = [0; 512];
         memory.read(0, &mut bytes);
         bytes
     };
     let before = bytes();
-    let faults = |world: &World| world.domain.as_ref().map_or_else(Faults::default, |domain| domain.faults());
-    let total = faults(world).total;
-    let failed = disk.read(SECTOR, &[buffers.read_only]).is_err();
-    let after = faults(world);
+    let total = world.faults().unwrap_or_default().total;
+    let failed = disk.read(SECTOR, &[trap]).is_err();
+    let after = world.faults().unwrap_or_default();
     match after.latest.last() {
         Some(&fault) if failed && after.total > total && bytes() == before => Probe::Stopped(fault),
         _ => Probe::Reached,
@@ -380,9 +424,10 @@ fn probe<'m>(disk: &mut Driver<'_, 'm>, world: &World, buffers: &Buffers<'m>) ->
 }
 
 /// What an operator writes who knows the device: hardware is behind the IOMMU, an old emulated device goes past it. On
-/// Xen either needs the machine's addresses.
+/// Xen either needs the machine's addresses; with grants, the guest's.
 fn allow(case: Case) -> Allow {
     let addressing = match case.device {
+        _ if case.platform == Platform::XenGrants => Addressing::Physical,
         DeviceKind::OldEmulated if case.platform != Platform::Xen => Addressing::Physical,
         _ => Addressing::Translated,
     };
@@ -473,29 +518,45 @@ impl Report for Complaints {
     }
 }
 
-/// A mapper that lends one buffer for reading alone, whatever it is asked for.
-struct ReadOnlyAt<'a> {
+/// A mapper that lends two buffers otherwise than it is asked to: traps for a device that oversteps.
+struct Traps<'a> {
     inner: &'a dyn Mapper,
-    buffer: Buffer<'a>,
+    /// Lent for reading alone.
+    read_only: Buffer<'a>,
+    /// Lent, and taken back at once: the device gets an address that is none any more.
+    returned: Buffer<'a>,
 }
 
-impl ReadOnlyAt<'_> {
+impl Traps<'_> {
     fn permission(&self, buffer: Buffer<'_>, asked: Permission) -> Permission {
-        if buffer.physical() == self.buffer.physical() { Permission::ReadOnly } else { asked }
+        if buffer.physical() == self.read_only.physical() { Permission::ReadOnly } else { asked }
+    }
+
+    fn is_returned(&self, buffer: Buffer<'_>) -> bool {
+        buffer.physical() == self.returned.physical()
     }
 }
 
-impl Mapper for ReadOnlyAt<'_> {
+impl Mapper for Traps<'_> {
     fn max_len(&self) -> usize {
         self.inner.max_len()
     }
 
     fn map(&self, buffer: Buffer<'_>, permission: Permission) -> Result<Mapped, DmaError> {
-        self.inner.map(buffer, self.permission(buffer, permission))
+        let permission = self.permission(buffer, permission);
+        let mapped = self.inner.map(buffer, permission)?;
+        if !self.is_returned(buffer) {
+            return Ok(mapped);
+        }
+        let stale = Mapped { cookie: 0, ..mapped };
+        self.inner.unmap(mapped, buffer, permission);
+        Ok(stale)
     }
 
     fn unmap(&self, mapped: Mapped, buffer: Buffer<'_>, permission: Permission) {
-        self.inner.unmap(mapped, buffer, self.permission(buffer, permission));
+        if !self.is_returned(buffer) {
+            self.inner.unmap(mapped, buffer, self.permission(buffer, permission));
+        }
     }
 
     fn allocate(&self, len: usize) -> Result<(Mapped, HostSlice<'_>), DmaError> {

@@ -120,6 +120,11 @@ impl DeviceKind {
         DeviceKind::NewPhysical,
     ];
 
+    /// Whether it is hardware.
+    pub fn is_physical(self) -> bool {
+        matches!(self, DeviceKind::OldPhysical | DeviceKind::NewPhysical)
+    }
+
     /// What the device offers and insists on.
     ///
     /// A VMM knows its platform and, by the proposal, never sets the flag on PPC, where it therefore can't require it
@@ -136,12 +141,13 @@ impl DeviceKind {
     }
 
     /// What becomes of the device's accesses. A new device respects the IOMMU if there is one, taken or not, except on
-    /// PPC as proposed.
+    /// PPC as proposed. A grant is made to a domain, of which hardware is none: it knows no more of grants than an old
+    /// device does.
     pub fn reach(self, platform: Platform) -> Reach {
         let past_it = match self {
             DeviceKind::OldEmulated => true,
             DeviceKind::NewEmulated | DeviceKind::NewEmulatedRequiring => platform == Platform::PpcProposed,
-            DeviceKind::OldPhysical | DeviceKind::NewPhysical => false,
+            DeviceKind::OldPhysical | DeviceKind::NewPhysical => platform == Platform::XenGrants,
         };
         if platform.has_iommu() && !past_it { Reach::ThroughIommu } else { Reach::Untranslated }
     }

@@ -12,6 +12,9 @@ pub enum Platform {
     /// A Xen domain that owns devices. Its IOMMU is a fake one: the DMA API turns pseudo-physical frames into machine
     /// frames, and nothing at the device translates.
     Xen,
+    /// A Xen domain whose devices are served from another domain, under grants: the DMA API lets that domain into single
+    /// frames, and a reference to such a grant is the bus address. The grant table is its IOMMU.
+    XenGrants,
     /// PPC by the proposal: devices go past the IOMMU, and the flag is taboo.
     PpcProposed,
     /// PPC as found on real kernels: the flag is offered and taken as elsewhere, and without it the IOMMU is bypassed.
@@ -25,10 +28,11 @@ pub enum Platform {
 
 impl Platform {
     /// Every platform, in the order of a table.
-    pub const ALL: [Platform; 7] = [
+    pub const ALL: [Platform; 8] = [
         Platform::X86,
         Platform::X86Iommu,
         Platform::Xen,
+        Platform::XenGrants,
         Platform::PpcProposed,
         Platform::PpcToday,
         Platform::Arm64,
@@ -40,9 +44,12 @@ impl Platform {
     pub fn appears_behind_iommu(self) -> bool {
         match self {
             Platform::X86 | Platform::Arm64 => false,
-            Platform::X86Iommu | Platform::Xen | Platform::PpcProposed | Platform::PpcToday | Platform::Arm64Smmu => {
-                true
-            }
+            Platform::X86Iommu
+            | Platform::Xen
+            | Platform::XenGrants
+            | Platform::PpcProposed
+            | Platform::PpcToday
+            | Platform::Arm64Smmu => true,
         }
     }
 
@@ -58,6 +65,7 @@ impl fmt::Display for Platform {
             Platform::X86 => "x86 without IOMMU",
             Platform::X86Iommu => "x86 with IOMMU",
             Platform::Xen => "Xen",
+            Platform::XenGrants => "Xen with grants",
             Platform::PpcProposed => "PPC as proposed",
             Platform::PpcToday => "PPC as found today",
             Platform::Arm64 => "arm64 without SMMU",

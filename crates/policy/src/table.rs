@@ -39,8 +39,9 @@ impl Case {
         const BITS: u64 = 1 << 32;
         let identity = Identity { vendor: 1, device: 2, slot: 3 };
         // Who writes an allow-list knows the device: hardware is behind the IOMMU, an emulated device goes past it. On
-        // Xen either way the addresses have to be machine addresses.
+        // Xen either way the addresses have to be machine addresses, and under grants what lacks the flag goes past them.
         let addressing = match device {
+            _ if platform == Platform::XenGrants => Addressing::Physical,
             DeviceKind::OldEmulated if platform != Platform::Xen => Addressing::Physical,
             _ => Addressing::Translated,
         };
@@ -75,6 +76,8 @@ impl Case {
             (_, Addressing::Translated, Reach::ThroughIommu) => Outcome::Translated,
             (_, Addressing::Physical, Reach::Untranslated) => Outcome::Bypass,
             (_, Addressing::Physical, Reach::ThroughIommu) => Outcome::Faults,
+            // A reference to a grant is no address of anything else.
+            (Platform::XenGrants, Addressing::Translated, Reach::Untranslated) => Outcome::Faults,
             (_, Addressing::Translated, Reach::Untranslated) => Outcome::WrongMemory,
         }
     }
@@ -207,7 +210,12 @@ fn this_results_in() {
     let with_iommu = |case: &Case| matches!(case.platform, Platform::X86Iommu | Platform::Arm64Smmu);
     check(
         "new kernels work fine with old QEMU unless iommu=on",
-        |case| case.driver == "new" && case.device == OldEmulated && !with_iommu(case),
+        |case| {
+            case.driver == "new"
+                && case.device == OldEmulated
+                && !with_iommu(case)
+                && case.platform != Platform::XenGrants
+        },
         Case::works,
     );
     check(
@@ -221,8 +229,14 @@ fn this_results_in() {
             case.driver != "old"
                 && matches!(case.device, NewEmulated | NewEmulatedRequiring | NewPhysical)
                 && case.platform != Platform::PpcProposed
+                && (case.platform, case.device) != (Platform::XenGrants, NewPhysical)
         },
         |case| case.works() && case.outcome != Outcome::Bypass,
+    );
+    check(
+        "(hardware can't be granted anything)",
+        |case| case.driver != "old" && (case.platform, case.device) == (Platform::XenGrants, NewPhysical),
+        |case| case.outcome == Outcome::Faults,
     );
     check(
         "except on PPC, where physical devices are and remain broken",
@@ -232,7 +246,7 @@ fn this_results_in() {
     check(
         "Xen works with new QEMU",
         |case| {
-            case.platform == Platform::Xen
+            matches!(case.platform, Platform::Xen | Platform::XenGrants)
                 && case.driver != "old"
                 && matches!(case.device, NewEmulated | NewEmulatedRequiring)
         },
@@ -240,7 +254,11 @@ fn this_results_in() {
     );
     check(
         "and cleanly refuses to interoperate with old QEMU",
-        |case| case.platform == Platform::Xen && case.driver == "refusing" && case.device == OldEmulated,
+        |case| {
+            matches!(case.platform, Platform::Xen | Platform::XenGrants)
+                && case.driver == "refusing"
+                && case.device == OldEmulated
+        },
         |case| case.outcome == Outcome::RefusedByDriver,
     );
     check(
