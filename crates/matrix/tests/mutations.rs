@@ -1,7 +1,8 @@
 //! What becomes of the table when a part of it is broken on purpose: exactly these cells turn red, and come out so.
 //!
 //! Red is a cell that is not as the proposal has it, for no reason that is known; `ringfence matrix` then ends with exit
-//! status 1. On arm64 nothing is ever red, as the proposal is unsure of it. Each broken part is one more implementation of what the good one implements.
+//! status 1. On arm64 nothing is ever red, as the proposal is unsure of it. Each broken part is one more implementation of
+//! what the good one implements.
 
 use Verdict::*;
 use ringfence_dma::{Buffer, BusAddr, DmaError, Gpa, HostSlice, Mapped, Mapper, Permission};

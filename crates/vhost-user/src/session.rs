@@ -416,7 +416,7 @@ impl Session {
         match (now, self.options.keep) {
             (Verdict::Stale(iova), Keep::Auto | Keep::Request) => tracing::warn!(
                 "the front-end gave bus address {iova} a new target and never took the old one away: no translation is \
-                 kept beyond its request, at the price of asking for each anew. QEMU before 8.1 needs \
+                 kept beyond its request, as with --iotlb request, at the price of asking for each anew. QEMU before 8.1 needs \
                  intel-iommu,device-iotlb=on and the disk's ats=on, QEMU's amd-iommu never invalidates"
             ),
             (Verdict::Stale(iova), Keep::Cache) => tracing::error!(
