@@ -1,7 +1,6 @@
 //! Front-ends that take away what they gave, and others that never do, against each way to keep translations. In a
 //! process of its own: it reads all that its process logs.
 
-#[allow(dead_code, reason = "shared with tests that need more of it")]
 mod served;
 
 use ringfence_iommu::Strict;

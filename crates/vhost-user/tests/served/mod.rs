@@ -1,5 +1,8 @@
 //! A server in a thread and front-ends for it, with memory, a software IOMMU and a driver.
 
+// Each test file uses a part of it.
+#![allow(dead_code)]
+
 use ringfence_device::blk::{self, Blk as Disk};
 use ringfence_device::storage;
 use ringfence_dma::{Access, Buffer, BusAddr, DmaError, FrontendVa, Gpa, HostSlice, Mapped, Mapper, Permission};
