@@ -19,6 +19,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("vhost-user", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver"]),
     ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver"]),
     ("guests", &[]),
+    ("bare-metal", &[]),
     ("ringfence", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver", "vhost-user", "matrix"]),
 ];
 

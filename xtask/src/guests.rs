@@ -51,6 +51,16 @@ impl GuestArgs {
         self.server == Server::Ringfence && self.binary.is_none()
     }
 
+    /// Where QEMU comes from.
+    pub(crate) fn qemu(&self) -> QemuSource {
+        self.qemu.into()
+    }
+
+    /// Whether what has to be skipped counts as failed.
+    pub(crate) fn no_skip(&self) -> bool {
+        self.no_skip
+    }
+
     /// The cells that were asked for; an error where no name fits.
     pub(crate) fn cells(&self) -> Result<Vec<Cell>, String> {
         let only = self.only.as_deref();
@@ -86,6 +96,8 @@ enum QemuArg {
     Bookworm,
     /// The newer one for Debian 12, unpacked privately.
     BookwormBackports,
+    /// Debian's newest, unpacked privately with its own libc.
+    Sid,
 }
 
 impl From<QemuArg> for QemuSource {
@@ -95,6 +107,7 @@ impl From<QemuArg> for QemuSource {
             QemuArg::Path => Self::Path,
             QemuArg::Bookworm => Self::Unpacked(Suite::Bookworm),
             QemuArg::BookwormBackports => Self::Unpacked(Suite::BookwormBackports),
+            QemuArg::Sid => Self::Unpacked(Suite::Sid),
         }
     }
 }
@@ -105,7 +118,7 @@ pub(crate) fn run(workspace: &Workspace, args: &GuestArgs, log: &mut Log) -> Ste
     let progress = |line: &str| say(&format!("    {line}"));
     let folder = workspace.target.join("guests");
     let cache = Cache::open(&folder, &progress).map_err(|error| error.to_string())?;
-    let kit = match Kit::fetch(&cache, args.qemu.into(), &cells) {
+    let kit = match Kit::fetch(&cache, args.qemu(), &cells) {
         Ok(kit) => kit,
         Err(error) if error.is_missing_tool() => return skipped(cells.len(), &error.to_string(), args.no_skip),
         Err(error) => return Err(error.to_string()),

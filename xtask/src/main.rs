@@ -9,6 +9,7 @@ mod arrows;
 mod bit33;
 mod guests;
 mod no_std;
+mod old_driver;
 mod steps;
 
 use std::env;
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use ringfence_guests::QemuSource;
 
 use crate::guests::GuestArgs;
 use crate::steps::{Run, Steps};
@@ -50,6 +52,8 @@ enum Task {
     },
     /// The no_std crates linked into programs that have no std.
     NoStd,
+    /// A kernel with a real old driver, built into target/release/ringfence-old-driver and booted once.
+    OldDriver,
     /// Checks that feature bit 33 is named in the policy crate alone.
     Bit33,
 }
@@ -97,6 +101,10 @@ fn perform(task: Task) -> Result<bool, String> {
             run(workspace, false, |steps| boots(workspace, steps, &guests))
         }
         Task::NoStd => run(workspace, false, |steps| steps.step("no_std builds", |log| no_std::run(workspace, log))),
+        Task::OldDriver => run(workspace, false, |steps| {
+            steps.step("the old driver", |log| old_driver::build(workspace, log))?;
+            steps.step("the old driver boots", |log| old_driver::boot(workspace, QemuSource::Auto, true, log))
+        }),
         Task::Bit33 => run(workspace, false, |steps| steps.step("bit 33", |_| bit33::run(workspace))),
     })
 }
@@ -116,6 +124,7 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     steps.step("crates use what they may", |_| arrows::run(workspace))?;
     steps.cargo("lints", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
     steps.step("no_std builds", |log| no_std::run(workspace, log))?;
+    steps.step("the old driver", |log| old_driver::build(workspace, log))?;
     steps.cargo("documentation", &["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", DENY)])?;
     steps.cargo("tests", &["test", "--workspace"], &[])?;
     let loom = workspace.target.join("loom").display().to_string();
@@ -127,6 +136,7 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     )?;
     steps.cargo("demo", &["run", "--release", "-p", "ringfence", "--", "demo"], &[])?;
     steps.cargo("matrix", &["run", "--release", "-p", "ringfence", "--", "matrix"], &[])?;
+    steps.step("the old driver boots", |log| old_driver::boot(workspace, guests.qemu(), guests.no_skip(), log))?;
     boots(workspace, steps, guests)
 }
 

@@ -49,18 +49,6 @@ impl Backend {
         Ok(backend)
     }
 
-    /// The back-end that comes with QEMU: no translation, and not ours.
-    pub fn storage_daemon(image: &Path, socket: &Path) -> Command {
-        let (image, socket) = (comma_safe(image), comma_safe(socket));
-        let mut command = Command::new("qemu-storage-daemon");
-        command
-            .arg("--blockdev")
-            .arg(format!("driver=file,node-name=disk,filename={image}"))
-            .arg("--export")
-            .arg(format!("type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},writable=on"));
-        command
-    }
-
     /// The socket it listens on.
     pub fn socket(&self) -> &Path {
         &self.socket

@@ -93,7 +93,7 @@ impl Boot<'_> {
         let initramfs = folder.path().join("initramfs");
         let archive = Initramfs::build(self.kernel, self.busybox, self.platform.modules)?;
         fs::write(&initramfs, archive.bytes()).map_err(Error::file("cannot write", &initramfs))?;
-        let mut command = self.command(&initramfs);
+        let mut command = self.command(&initramfs)?;
         let line = crate::tool::line(&command);
         let started = Instant::now();
         let mut child = command
@@ -112,7 +112,7 @@ impl Boot<'_> {
         Ok(Outcome { platform: self.platform.name, guest, console, qemu, command: line, end, elapsed })
     }
 
-    fn command(&self, initramfs: &Path) -> Command {
+    fn command(&self, initramfs: &Path) -> Result<Command, Error> {
         let platform = self.platform;
         let mut command = self.qemu.command(platform.arch);
         command
@@ -127,12 +127,12 @@ impl Boot<'_> {
             command.args(["-cpu", cpu]);
         }
         for device in platform.devices {
-            command.args(["-device", device]);
+            command.arg("-device").arg(self.qemu.device(platform.arch, device)?);
         }
         self.disk_options(&mut command);
         command.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(initramfs);
         command.arg("-append").arg(self.kernel_arguments());
-        command
+        Ok(command)
     }
 
     fn disk_options(&self, command: &mut Command) {

@@ -73,25 +73,26 @@ impl<'a> Cache<'a> {
 
     /// A QEMU of `suite` for all guests, with the libraries the machine lacks.
     pub(crate) fn qemu(&self, suite: Suite) -> Result<PathBuf, Error> {
-        let folder = self.entry(&format!("qemu-{}", suite.name()), |cache, partial| {
-            let suites = match suite {
-                Suite::Bookworm => &[Suite::Bookworm][..],
-                Suite::BookwormBackports => &[Suite::Bookworm, Suite::BookwormBackports][..],
+        self.programs("qemu", suite, &[Arch::Amd64, Arch::Arm64, Arch::Ppc64el].map(Arch::qemu_package))
+    }
+
+    /// The tools that come with the QEMU of `suite`, apart: most runs need none.
+    pub(crate) fn qemu_utils(&self, suite: Suite) -> Result<PathBuf, Error> {
+        self.programs("qemu-utils", suite, &["qemu-utils"])
+    }
+
+    /// A root folder with `packages` of `suite` and what they need.
+    fn programs(&self, name: &str, suite: Suite, packages: &[&str]) -> Result<PathBuf, Error> {
+        let folder = self.entry(&format!("{name}-{}", suite.name()), |cache, partial| {
+            let fetch = |installed| {
+                let apt = partial.join("apt");
+                cache.lists(&apt, suite.with_its_base(), Arch::Amd64, installed)?.download_closure(suite, packages)
             };
-            let wanted = [Arch::Amd64, Arch::Arm64, Arch::Ppc64el].map(Arch::qemu_package);
-            let mut lists = cache.lists(&partial.join("apt"), suites, Arch::Amd64, Installed::Machine)?;
-            cache.say(&format!("fetching QEMU from {}", suite.name()));
-            let packages = match lists.download_closure(suite, &wanted) {
-                Ok(packages) => packages,
-                // What the machine has can contradict this suite. Nothing is
-                // installed, so the contradiction is only apt's: ask again as
-                // if the machine were empty.
-                Err(_) => {
-                    lists = cache.lists(&partial.join("apt"), suites, Arch::Amd64, Installed::Nothing)?;
-                    lists.download_closure(suite, &wanted)?
-                }
-            };
-            packages.iter().try_for_each(|deb| {
+            cache.say(&format!("fetching {name} from {}", suite.name()));
+            // What the machine has can contradict this suite, or be just this. Nothing is installed,
+            // so that matters only to apt: ask again as if the machine were empty.
+            let debs = fetch(suite.runs_beside()).or_else(|_| fetch(Installed::Nothing))?;
+            debs.iter().try_for_each(|deb| {
                 packages::unpack(deb, &partial.join("root"), &["./usr/share/doc", "./usr/share/man"])
             })
         })?;

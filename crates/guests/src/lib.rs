@@ -39,7 +39,9 @@ mod modules;
 mod packages;
 mod platform;
 mod qemu;
+mod storage_daemon;
 mod tool;
+mod unpacked;
 
 pub use backend::Backend;
 pub use boot::{Boot, Disk, End, Outcome, VirtioFlag};
@@ -52,3 +54,4 @@ pub use kernel::Kernel;
 pub use packages::{Arch, Suite};
 pub use platform::{Iommu, KernelSeries, PLATFORMS, Platform};
 pub use qemu::{Qemu, QemuSource};
+pub use storage_daemon::StorageDaemon;

@@ -18,6 +18,9 @@ pub enum Suite {
     Bookworm,
     /// Newer packages built for Debian 12.
     BookwormBackports,
+    /// Debian's newest. Its libc is newer than that of any release, so its programs
+    /// run with a libc of their own.
+    Sid,
 }
 
 impl Suite {
@@ -26,6 +29,24 @@ impl Suite {
         match self {
             Self::Bookworm => "bookworm",
             Self::BookwormBackports => "bookworm-backports",
+            Self::Sid => "sid",
+        }
+    }
+
+    /// The suites that its packages take what they need from.
+    pub(crate) const fn with_its_base(self) -> &'static [Self] {
+        match self {
+            Self::Bookworm => &[Self::Bookworm],
+            Self::BookwormBackports => &[Self::Bookworm, Self::BookwormBackports],
+            Self::Sid => &[Self::Sid],
+        }
+    }
+
+    /// What its programs may count on: releases are close enough to the machine's.
+    pub(crate) const fn runs_beside(self) -> Installed {
+        match self {
+            Self::Bookworm | Self::BookwormBackports => Installed::Machine,
+            Self::Sid => Installed::Nothing,
         }
     }
 }
@@ -148,7 +169,14 @@ impl Lists {
                 .arg("-oDebug::NoLocking=1")
                 .args(packages),
         )?;
-        debs(&self.folder.join("cache/archives"))
+        let debs = debs(&self.folder.join("cache/archives"))?;
+        match packages.iter().find(|package| !debs.iter().any(|deb| is_of(deb, package))) {
+            None => Ok(debs),
+            Some(package) => Err(Error::Content {
+                subject: (*package).to_owned(),
+                problem: "apt did not fetch it; it is installed here already".to_owned(),
+            }),
+        }
     }
 
     fn apt(&self, program: &str) -> Command {
@@ -187,6 +215,10 @@ fn debs(folder: &Path) -> Result<Vec<PathBuf>, Error> {
         .filter_map(|entry| entry.ok().map(|entry| entry.path()))
         .filter(|path| path.extension().is_some_and(|extension| extension == "deb"))
         .collect())
+}
+
+fn is_of(deb: &Path, package: &str) -> bool {
+    deb.file_name().and_then(|name| name.to_str()?.strip_prefix(package)).is_some_and(|rest| rest.starts_with('_'))
 }
 
 fn kernel_dependency(depends: &str) -> Option<String> {
@@ -228,12 +260,19 @@ pub(crate) fn unpack(deb: &Path, into: &Path, without: &[&str]) -> Result<(), Er
 
 #[cfg(test)]
 mod tests {
-    use super::kernel_dependency;
+    use super::*;
 
     #[test]
     fn a_metapackage_names_its_kernel() {
         let answer = "linux-image-amd64\n  Depends: linux-image-6.1.0-50-amd64\n";
         assert_eq!(kernel_dependency(answer).as_deref(), Some("linux-image-6.1.0-50-amd64"));
         assert_eq!(kernel_dependency("linux-image-amd64\n"), None);
+    }
+
+    #[test]
+    fn a_package_is_known_by_its_file() {
+        let deb = Path::new("/apt/qemu-system-x86_1%3a11.1_amd64.deb");
+        assert!(is_of(deb, "qemu-system-x86"));
+        assert!(!is_of(deb, "qemu-system"), "another package");
     }
 }

@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::cache::Cache;
 use crate::error::Error;
 use crate::packages::{Arch, Suite};
-use crate::tool;
+use crate::{tool, unpacked};
 
 /// Where a QEMU may come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,13 +45,9 @@ impl Qemu {
     }
 
     /// The command that starts the emulator of `arch`.
-    pub(crate) fn command(&self, arch: Arch) -> Command {
+    pub fn command(&self, arch: Arch) -> Command {
         let Some(root) = &self.root else { return Command::new(arch.qemu()) };
-        let mut command = Command::new(root.join("usr/bin").join(arch.qemu()));
-        let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
-        let libraries = libraries.map(|path| root.join(path).display().to_string()).join(":");
-        command.env("LD_LIBRARY_PATH", libraries);
-        command.env("QEMU_MODULE_DIR", root.join("usr/lib/x86_64-linux-gnu/qemu"));
+        let mut command = unpacked::program(root, arch.qemu());
         for firmware in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
             command.arg("-L").arg(root.join(firmware));
         }
@@ -62,6 +58,18 @@ impl Qemu {
     pub fn version(&self, arch: Arch) -> Result<String, Error> {
         let said = tool::run(self.command(arch).arg("--version"))?;
         Ok(said.lines().next().unwrap_or_default().trim_start_matches("QEMU emulator version ").to_owned())
+    }
+
+    /// The option `device` as this QEMU spells it.
+    ///
+    /// amd-iommu's `pt=off`, to translate after all, has become `dma-remap=on` in 11.
+    pub(crate) fn device(&self, arch: Arch, device: &str) -> Result<String, Error> {
+        const OLD: &str = "amd-iommu,pt=off";
+        const NEW: &str = "amd-iommu,dma-remap=on";
+        let Some(rest) = device.strip_prefix(OLD) else { return Ok(device.to_owned()) };
+        let properties = tool::run(self.command(arch).args(["-device", "amd-iommu,help"]))?;
+        let spelling = if properties.contains("dma-remap=") { NEW } else { OLD };
+        Ok(format!("{spelling}{rest}"))
     }
 
     fn first_that_works(cache: &Cache<'_>, arches: &[Arch]) -> Result<Self, Error> {
@@ -84,10 +92,8 @@ impl Qemu {
     }
 
     fn unpacked(cache: &Cache<'_>, suite: Suite, arches: &[Arch]) -> Result<Self, Error> {
-        let root = cache.qemu(suite)?;
-        let root = std::path::absolute(&root).map_err(Error::file("cannot find", &root))?;
-        let qemu = Self { root: Some(root) };
-        // Built for Debian 12, it may not start elsewhere.
+        let qemu = Self { root: Some(cache.qemu(suite)?) };
+        // Without a libc of its own it may not start on every machine.
         let starts = arches.iter().try_for_each(|arch| qemu.version(*arch).map(drop));
         starts.map(|()| qemu).map_err(|error| no_qemu(arches, format!("Debian's does not run here: {error}")))
     }

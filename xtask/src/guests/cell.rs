@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use ringfence_guests::{Backend, Boot, Disk, DiskState, Guest, Image, Iommu, Outcome, PLATFORMS, Platform, VirtioFlag};
+use ringfence_guests::{
+    Backend, Boot, Disk, DiskState, Guest, Image, Iommu, Outcome, PLATFORMS, Platform, StorageDaemon, VirtioFlag,
+};
 use ringfence_policy::IommuMode;
 
 use super::Server;
@@ -75,7 +77,7 @@ impl Cell {
         let mut backend = match self.server {
             Server::Qemu => None,
             Server::Ringfence => Some(self.serve(places, &image, &socket)),
-            Server::StorageDaemon => Some(Backend::storage_daemon(image.path(), &socket)),
+            Server::StorageDaemon => Some(StorageDaemon::IN_PATH.export(image.path(), &socket)),
         }
         .map(|command| Backend::start(command, &socket, &server_log))
         .transpose()
