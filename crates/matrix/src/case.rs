@@ -135,7 +135,19 @@ pub enum SelectError {
 impl Select {
     /// Whether `case` is one of them.
     pub fn matches(&self, case: &Case) -> bool {
-        self.0.iter().all(|term| term.names.iter().any(|name| fits(name, term.key.of(case))) != term.negated)
+        self.matches_names(case.platform_slug(), case.driver.slug(), case.device_slug())
+    }
+
+    /// Whether the cell of these names is one of them.
+    pub fn matches_names(&self, platform: &str, driver: &str, device: &str) -> bool {
+        self.0.iter().all(|term| {
+            let is = match term.key {
+                Key::Platform => platform,
+                Key::Driver => driver,
+                Key::Device => device,
+            };
+            term.names.iter().any(|name| fits(name, is)) != term.negated
+        })
     }
 }
 

@@ -2,9 +2,11 @@
 //!
 //! docs/matrix.md describes the JSON field by field.
 
-use crate::Verdict;
+use crate::sides::place;
+use crate::{Select, Verdict};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::{Map, Value};
+use std::fmt;
 
 /// The version of the JSON: it changes when a field changes its meaning or goes.
 pub const SCHEMA: u32 = 1;
@@ -16,6 +18,50 @@ pub struct Table {
     pub schema: u32,
     /// In the order in which they are shown.
     pub cells: Vec<Record>,
+}
+
+impl Table {
+    /// Reads what was written as JSON.
+    ///
+    /// # Errors
+    ///
+    /// It is no JSON of this kind, or of another version: nothing is guessed.
+    pub fn from_json(text: &str) -> Result<Self, ReadError> {
+        #[derive(Deserialize)]
+        struct Version {
+            schema: Option<Value>,
+        }
+        let version: Version = serde_json::from_str(text)?;
+        match version.schema {
+            Some(schema) if schema == SCHEMA => Ok(serde_json::from_str(text)?),
+            Some(schema) => Err(ReadError::Schema(schema.to_string())),
+            None => Err(ReadError::NoSchema),
+        }
+    }
+
+    /// Its real cells that are in `select`, or stand for one that is.
+    pub fn into_real(self, select: &Select) -> impl Iterator<Item = Record> {
+        self.cells.into_iter().filter(move |cell| {
+            let (platform, driver, device) = place(cell);
+            cell.source == Source::Real && select.matches_names(platform, driver, device)
+        })
+    }
+}
+
+/// A table that can't be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// Not JSON, or not the fields that it should have.
+    #[error("not a matrix as JSON: {0}")]
+    Json(#[from] serde_json::Error),
+    /// It does not say of which version it is.
+    #[error("not a matrix as JSON: it has no \"schema\"")]
+    NoSchema,
+    /// Another version.
+    #[error(
+        "its schema is {0}, and this ringfence reads schema {SCHEMA}: write it anew, or use the ringfence that wrote it"
+    )]
+    Schema(String),
 }
 
 /// One cell, written down.
@@ -103,6 +149,16 @@ impl Observed {
         match self {
             Observed::Verdict(verdict) => verdict.slug(),
             Observed::Skipped => "skipped",
+        }
+    }
+}
+
+/// As a reader says it.
+impl fmt::Display for Observed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Observed::Verdict(verdict) => verdict.fmt(f),
+            Observed::Skipped => f.pad("skipped"),
         }
     }
 }

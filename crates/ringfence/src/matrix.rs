@@ -2,10 +2,11 @@
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use ringfence_matrix::{Genuine, Matrix, Select};
+use ringfence_matrix::record::Table;
+use ringfence_matrix::{Genuine, Matrix, Select, compatibility, html, report};
 use std::fs;
 use std::io::{Write, stdout};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Run every platform × driver × device of the proposal, and tell what happens
@@ -27,6 +28,9 @@ pub(crate) struct Run {
     /// ending in '*' for any rest. For example 'platform=xen|x86* driver!=old'
     #[arg(long, value_name = "EXPR", default_value = "", hide_default_value = true)]
     only: Select,
+    /// Put the real cells of this JSON, which --format json wrote, beside the embedded ones, rather than boot them again
+    #[arg(long, value_name = "FILE")]
+    from: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -35,26 +39,42 @@ enum Format {
     Table,
     /// For programs; docs/matrix.md describes it
     Json,
+    /// One page that opens in any browser: danger first, every cell with its evidence
+    Html,
+    /// The short table of docs/compatibility.md
+    Markdown,
 }
 
 impl Run {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         let matrix = Matrix::run(&self.only, &Genuine);
         anyhow::ensure!(!matrix.cells.is_empty(), "--only leaves no cell");
+        let mut table = matrix.table();
+        if let Some(path) = &self.from {
+            table.cells.extend(stored(path)?.into_real(&self.only));
+        }
         let text = match self.format {
-            Format::Table => matrix.to_string(),
-            Format::Json => serde_json::to_string_pretty(&matrix.table())? + "\n",
+            Format::Table => format!("{matrix}{}", report::real(&table)),
+            Format::Json => serde_json::to_string_pretty(&table)? + "\n",
+            Format::Html => html::page(&table),
+            Format::Markdown => compatibility::page(&table),
         };
         match &self.output {
             Some(path) => fs::write(path, text).with_context(|| format!("can't write {}", path.display()))?,
             None => stdout().write_all(text.as_bytes()).context("can't write to standard output")?,
         }
-        let unexpected = matrix.unexpected().count();
+        let unexpected = table.cells.iter().filter(|cell| cell.unexpected).count();
         if unexpected > 0 {
             eprintln!("ringfence: {unexpected} cells are not as the proposal has them, for no reason that is known");
         }
         Ok(if unexpected == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
+}
+
+/// What an earlier run wrote.
+fn stored(path: &Path) -> anyhow::Result<Table> {
+    let read = || -> anyhow::Result<Table> { Ok(Table::from_json(&fs::read_to_string(path)?)?) };
+    read().with_context(|| format!("can't read {}", path.display()))
 }
 
 #[cfg(test)]
