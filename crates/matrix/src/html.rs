@@ -197,22 +197,22 @@ impl<'t> Danger<'t> {
     fn of(verdict: Verdict, cells: &[&Cell<'t>], has_real: bool) -> Self {
         let observed = Observed::Verdict(verdict);
         let here: Vec<_> = cells.iter().filter(|cell| cell.record.observed == observed).copied().collect();
-        let number = match here.len() {
-            1 => "1 cell".to_owned(),
-            many => format!("{many} cells"),
+        let what = match (verdict, here.len()) {
+            (Verdict::Corrupts, 1) => "1 cell corrupts memory".to_owned(),
+            (Verdict::Corrupts, many) => format!("{many} cells corrupt memory"),
+            (_, 1) => "1 cell goes past the IOMMU".to_owned(),
+            (_, many) => format!("{many} cells go past the IOMMU"),
         };
-        let (title, meaning) = match (verdict, here.len()) {
-            (Verdict::Corrupts, 1) => (format!("{number} corrupts memory"), words::meaning(observed)),
-            (Verdict::Corrupts, _) => (format!("{number} corrupt memory"), words::meaning(observed)),
-            (_, 1) => (format!("{number} goes past the IOMMU"), words::meaning(observed)),
-            (_, _) => (format!("{number} go past the IOMMU"), words::meaning(observed)),
+        let title = match here.iter().filter(|cell| cell.is_real()).count() {
+            0 => what,
+            real => format!("{what}, {real} of them real"),
         };
         // What happens to real guests comes first.
         let mut sides = vec![DangerSide::of(Source::Embedded, "In the proposal's table, embedded", &here)];
         if has_real {
             sides.insert(0, DangerSide::of(Source::Real, "In real guests", &here));
         }
-        Self { verdict: VerdictWord::of(observed), title, meaning, sides }
+        Self { verdict: VerdictWord::of(observed), title, meaning: words::meaning(observed), sides }
     }
 }
 

@@ -11,19 +11,30 @@ const CHARACTERS: usize = 4000;
 
 /// What evidence is called, in the order in which it is shown. Names that are not here follow, as they are.
 const LABELS: &[(&str, &str)] = &[
+    ("flaws", "what is wrong"),
+    ("damage", "damage"),
     ("flag", "the flag"),
-    ("features", "features"),
     ("offered", "features offered"),
-    ("features_offered", "features offered"),
     ("taken", "features taken"),
-    ("features_taken", "features taken"),
     ("driver", "the driver"),
     ("device", "the device"),
     ("addresses", "addresses seen"),
+    ("ring", "the ring"),
+    ("guest_memory", "the guest's memory"),
     ("forbidden_page", "forbidden page"),
+    ("iommu", "the IOMMU"),
+    ("iommu_group", "IOMMU group"),
     ("faults", "IOMMU faults"),
-    ("damage", "damage"),
+    ("server", "the server"),
     ("disk", "the disk"),
+    ("status", "device status"),
+    ("guest_log", "the guest's last lines"),
+    ("kernel", "kernel"),
+    ("qemu", "QEMU"),
+    ("command", "command"),
+    ("seconds", "seconds"),
+    ("date", "ran on"),
+    ("log", "whole log"),
 ];
 
 /// A piece of evidence.

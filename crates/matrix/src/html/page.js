@@ -55,7 +55,10 @@
   };
 
   // "#" alone would scroll to the top.
-  const choose = (choice) => location.replace(`#${new URLSearchParams(choice.filter(([, value]) => value !== "")) || "all"}`);
+  const choose = (choice) => {
+    const set = new URLSearchParams(choice.filter(([, value]) => value !== ""));
+    location.replace(`#${set.toString() || "all"}`);
+  };
 
   let typed = 0;
   form.addEventListener("input", (event) => {

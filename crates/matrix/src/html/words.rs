@@ -87,6 +87,7 @@ pub(super) struct AgreementWord {
 impl AgreementWord {
     pub(super) fn of(cell: &Record) -> Self {
         let (word, class, meaning) = match (cell.proposal.says, cell.agrees) {
+            (_, None | Some(true)) if cell.unexpected => ("UNEXPECTED", "unexpected", "Not as expected. The proposal:"),
             (Says::Silent, _) => ("silent", "silent", "The proposal does not speak of it."),
             (Says::Unsure, _) => ("unsure", "unsure", "The proposal's author was unsure:"),
             (Says::Decided, Some(true)) => ("agrees", "agrees", "As the proposal has it:"),
