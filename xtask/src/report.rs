@@ -134,6 +134,7 @@ impl Reader<'_> {
             true,
         )?;
         self.expect("nor any other element", "document.querySelectorAll('img').length", 0)?;
+        self.expect("nothing is too wide", "document.documentElement.scrollWidth <= innerWidth", true)?;
         self.picture(&folder.join("desktop.png"))?;
         self.quiet("on a desktop")
     }

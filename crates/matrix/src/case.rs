@@ -104,8 +104,9 @@ struct Term {
     names: Vec<String>,
 }
 
+/// What a selection can ask of a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Key {
+pub(crate) enum Key {
     Platform,
     Driver,
     Device,
@@ -135,18 +136,15 @@ pub enum SelectError {
 impl Select {
     /// Whether `case` is one of them.
     pub fn matches(&self, case: &Case) -> bool {
-        self.matches_names(case.platform_slug(), case.driver.slug(), case.device_slug())
+        self.matches_names(|key| vec![key.of(case)])
     }
 
-    /// Whether the cell of these names is one of them.
-    pub fn matches_names(&self, platform: &str, driver: &str, device: &str) -> bool {
+    /// Whether a cell is one of them that is called by these names, any of which may be asked for.
+    pub(crate) fn matches_names<'n>(&self, names: impl Fn(Key) -> Vec<&'n str>) -> bool {
         self.0.iter().all(|term| {
-            let is = match term.key {
-                Key::Platform => platform,
-                Key::Driver => driver,
-                Key::Device => device,
-            };
-            term.names.iter().any(|name| fits(name, is)) != term.negated
+            let called = names(term.key);
+            let wanted = |name: &String| called.iter().any(|called| fits(name, called));
+            term.names.iter().any(wanted) != term.negated
         })
     }
 }

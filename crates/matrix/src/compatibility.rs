@@ -56,32 +56,24 @@ impl Page {
         self.line("\n## Where is the danger?\n");
         for verdict in DANGERS {
             let observed = Observed::Verdict(verdict);
-            let of = |source| {
-                let here = table.cells.iter().filter(move |cell| (cell.observed, cell.source) == (observed, source));
-                let mut places: Vec<(&str, Vec<String>)> = Vec::new();
-                for cell in here {
-                    let pair = format!("{} × {}", driver_title(&cell.driver), device_title(&cell.device));
-                    match places.iter_mut().find(|(platform, _)| *platform == cell.platform) {
-                        Some((_, pairs)) => pairs.push(pair),
-                        None => places.push((&cell.platform, vec![pair])),
-                    }
-                }
-                places
-            };
             let what = match verdict {
                 Verdict::Corrupts => "Corrupts memory",
                 _ => "Works, past the IOMMU: the device reaches everything",
             };
             for (source, name) in [(Source::Real, "real"), (Source::Embedded, "embedded")] {
-                let places = of(source);
-                let count: usize = places.iter().map(|(_, pairs)| pairs.len()).sum();
-                if count == 0 {
+                let here: Vec<_> =
+                    table.cells.iter().filter(|cell| (cell.observed, cell.source) == (observed, source)).collect();
+                if here.is_empty() {
                     continue;
                 }
-                self.line(&format!("- **{what}**, {name}, {count}:"));
-                for (platform, pairs) in places {
-                    let title = escaped(&platform_title(platform));
-                    self.line(&format!("  - {title}: {}", escaped(&pairs.join("; "))));
+                self.line(&format!("- **{what}**, {name}, {}:", here.len()));
+                for cells in here.chunk_by(|one, next| one.platform == next.platform) {
+                    let drivers = cells.chunk_by(|one, next| one.driver == next.driver).map(|cells| {
+                        let devices: Vec<_> = cells.iter().map(|cell| device_title(&cell.device)).collect();
+                        format!("{} × {}", driver_title(&cells[0].driver), devices.join(" · "))
+                    });
+                    let drivers = escaped(&drivers.collect::<Vec<_>>().join("; "));
+                    self.line(&format!("  - {}: {drivers}", escaped(&platform_title(&cells[0].platform))));
                 }
             }
         }
@@ -140,7 +132,8 @@ impl Page {
             Observed::Verdict(Verdict::Corrupts) => "**CORRUPTS**",
             Observed::Skipped => "skipped",
         };
-        let worth_a_note = matches!(cell.observed, Observed::Skipped | Observed::Verdict(Verdict::Corrupts))
+        let worth_a_note = DANGERS.map(Observed::Verdict).contains(&cell.observed)
+            || cell.observed == Observed::Skipped
             || cell.unexpected
             || cell.source == Source::Real && cell.proposal.says == Says::Decided && cell.agrees == Some(false);
         match worth_a_note {

@@ -159,7 +159,7 @@ impl Cell<'_> {
     }
 
     fn source(&self) -> &'static str {
-        words::source(self.record.source)
+        self.record.source.slug()
     }
 
     fn is_danger(&self) -> bool {
@@ -255,7 +255,7 @@ fn section<'t>(group: Group<'t>, ids: &mut Ids) -> Section<'t> {
 
 fn cell<'t>(record: &'t Record, ids: &mut Ids) -> Cell<'t> {
     Cell {
-        id: ids.unique(&[words::source(record.source), &record.platform, &record.driver, &record.device]),
+        id: ids.unique(&[record.source.slug(), &record.platform, &record.driver, &record.device]),
         verdict: VerdictWord::of(record.observed),
         agreement: AgreementWord::of(record),
         evidence: evidence::entries(record),

@@ -2,6 +2,7 @@
 //!
 //! docs/matrix.md describes the JSON field by field.
 
+use crate::case::Key;
 use crate::sides::place;
 use crate::{Select, Verdict};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -39,11 +40,19 @@ impl Table {
         }
     }
 
-    /// Its real cells that are in `select`, or stand for one that is.
-    pub fn into_real(self, select: &Select) -> impl Iterator<Item = Record> {
-        self.cells.into_iter().filter(move |cell| {
-            let (platform, driver, device) = place(cell);
-            cell.source == Source::Real && select.matches_names(platform, driver, device)
+    /// Its real cells that are in `select`, by their own names or those of what they stand for.
+    pub fn into_real(self, select: &Select) -> Vec<Record> {
+        self.cells.into_iter().filter(|cell| cell.source == Source::Real && cell.is_in(select)).collect()
+    }
+}
+
+impl Record {
+    fn is_in(&self, select: &Select) -> bool {
+        let (platform, driver, device) = place(self);
+        select.matches_names(|key| match key {
+            Key::Platform => vec![&self.platform, platform],
+            Key::Driver => vec![&self.driver, driver],
+            Key::Device => vec![&self.device, device],
         })
     }
 }
@@ -100,6 +109,16 @@ pub enum Source {
     Embedded,
     /// With a real kernel in a real QEMU.
     Real,
+}
+
+impl Source {
+    /// Its name in data.
+    pub fn slug(self) -> &'static str {
+        match self {
+            Source::Embedded => "embedded",
+            Source::Real => "real",
+        }
+    }
 }
 
 /// A cell of the proposal's table, by the names that selections use.

@@ -116,3 +116,41 @@ fn text(value: &Value) -> String {
         None => text,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn of(value: Value) -> Option<Entry> {
+        entry("name".into(), &value)
+    }
+
+    #[test]
+    fn every_shape_is_shown() {
+        let shown = |value| match of(value).unwrap().body {
+            Body::Text(text) => text,
+            Body::Lines(lines) => lines.join("|"),
+            Body::Rows(head, rows) => {
+                let rows = rows.iter().map(|row| row.join(","));
+                std::iter::once(head.join(",")).chain(rows).collect::<Vec<_>>().join("|")
+            }
+        };
+        assert!(of(Value::Null).is_none());
+        assert_eq!(shown(json!("text")), "text");
+        assert_eq!(shown(json!(3)), "3");
+        assert_eq!(shown(json!([])), "none");
+        assert_eq!(shown(json!(["a", "b"])), "a|b");
+        assert_eq!(shown(json!([1, {"a": 2}])), "1|{\"a\":2}");
+        assert_eq!(shown(json!({"a": 1, "b": [2]})), "a: 1|b: [2]");
+        assert_eq!(shown(json!([{"a_b": 1}, {"c": null, "a_b": "x"}])), "a b,c|1,|x,–");
+    }
+
+    #[test]
+    fn what_is_long_is_cut_and_that_is_said() {
+        let entry = of(vec!["line"; LINES + 3].into()).unwrap();
+        assert_eq!(entry.left_out, 3);
+        assert_eq!(text(&"ä".repeat(CHARACTERS).into()).chars().count(), CHARACTERS);
+        assert!(text(&"ä".repeat(CHARACTERS + 1).into()).ends_with("ä…"));
+    }
+}

@@ -1,7 +1,7 @@
 //! What verdicts and agreements are called on the page. A colour never stands alone: beside it is a glyph and a word.
 
 use crate::Verdict;
-use crate::record::{Observed, Record, Says, Source};
+use crate::record::{Observed, Record, Says};
 
 /// A verdict as the page shows it.
 #[derive(Clone)]
@@ -98,12 +98,5 @@ impl AgreementWord {
             (Says::Decided, None) => ("not seen", "silent", "The proposal says:"),
         };
         Self { word, class, meaning }
-    }
-}
-
-pub(super) fn source(source: Source) -> &'static str {
-    match source {
-        Source::Embedded => "embedded",
-        Source::Real => "real",
     }
 }
