@@ -57,7 +57,11 @@ enum Task {
     /// A kernel with a real old driver, built into target/release/ringfence-old-driver and booted once.
     OldDriver,
     /// The matrix as a page, read in a headless Chromium.
-    Report,
+    Report {
+        /// Only take a picture of the page with the stored real run, as in docs/report.png.
+        #[arg(long, value_name = "FILE")]
+        picture: Option<PathBuf>,
+    },
     /// Checks that feature bit 33 is named in the policy crate alone.
     Bit33,
 }
@@ -109,8 +113,11 @@ fn perform(task: Task) -> Result<bool, String> {
             steps.step("the old driver", |log| old_driver::build(workspace, log))?;
             steps.step("the old driver boots", |log| old_driver::boot(workspace, QemuSource::Auto, true, log))
         }),
-        Task::Report => {
+        Task::Report { picture: None } => {
             run(workspace, false, |steps| steps.step("the report in a browser", |log| report::run(workspace, log)))
+        }
+        Task::Report { picture: Some(path) } => {
+            run(workspace, false, |steps| steps.step("a picture", |log| report::picture(workspace, log, &path)))
         }
         Task::Bit33 => run(workspace, false, |steps| steps.step("bit 33", |_| bit33::run(workspace))),
     })

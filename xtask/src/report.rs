@@ -1,7 +1,7 @@
 //! The report in a browser, as a reader has it: does it load, do its filters work, is it readable on a phone and in print?
 
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use ringfence_guests::{Cache, apt};
@@ -18,34 +18,71 @@ const PACKAGES: [&str; 1] = ["chromium"];
 /// What real guests said, hostile in every text.
 const RUN: &str = "crates/matrix/tests/data/real.json";
 
+/// The stored run that docs/compatibility.md shows.
+const STORED: &str = "docs/compatibility.json";
+
 /// Makes the page, and reads it. Pictures of it stay in target/xtask/report.
 pub(crate) fn run(workspace: &Workspace, log: &mut Log) -> StepResult {
     let program = match program(workspace) {
         Ok(program) => program,
         Err(reason) => return Ok(skipped(&reason)),
     };
-    let folder = workspace.target.join("xtask/report");
-    fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    let folder = folder(workspace)?;
     let [page, data] = ["page.html", "page.json"].map(|name| folder.join(name));
-    for (format, path) in [("html", &page), ("json", &data)] {
-        let mut command = cargo(&workspace.root);
-        command.args(["run", "--release", "-p", "ringfence", "--", "matrix", "--from", RUN]);
-        log.run(command.args(["--format", format, "--output"]).arg(path))?;
-    }
+    write(workspace, log, "html", RUN, &page)?;
+    write(workspace, log, "json", RUN, &data)?;
     let data = fs::read(&data).map_err(|error| format!("{}: {error}", data.display()))?;
     let data: Value = serde_json::from_slice(&data).map_err(|error| format!("{RUN} as JSON: {error}"))?;
-    let profile = tempfile::tempdir().map_err(|error| format!("no folder for the browser: {error}"))?;
-    let messages = File::create(folder.join("chromium.log")).map_err(|error| error.to_string())?;
-    let browser = Browser::start(program, profile.path(), Stdio::from(messages))?;
     let cells = data["cells"].as_array().ok_or("the JSON has no cells")?;
-    let mut reader = Reader { browser, url: format!("file://{}", page.display()), cells, checks: 0 };
-    reader.desktop(&folder)?;
-    reader.filters()?;
-    reader.cells()?;
-    reader.phone(&folder)?;
-    reader.print(&folder)?;
-    reader.without_scripts()?;
-    Ok(Pass::Whole(format!("{} checks, pictures in {}", reader.checks, folder.display())))
+    with_browser(program, &folder, |browser| {
+        let mut reader = Reader { browser, url: format!("file://{}", page.display()), cells, checks: 0 };
+        reader.desktop(&folder)?;
+        reader.filters()?;
+        reader.cells()?;
+        reader.phone(&folder)?;
+        reader.print(&folder)?;
+        reader.without_scripts()?;
+        Ok(Pass::Whole(format!("{} checks, pictures in {}", reader.checks, folder.display())))
+    })
+}
+
+/// Takes a picture of the page that shows the stored run.
+pub(crate) fn picture(workspace: &Workspace, log: &mut Log, path: &Path) -> StepResult {
+    let program = match program(workspace) {
+        Ok(program) => program,
+        Err(reason) => return Ok(skipped(&reason)),
+    };
+    let folder = folder(workspace)?;
+    let page = folder.join("stored.html");
+    write(workspace, log, "html", STORED, &page)?;
+    with_browser(program, &folder, |browser| {
+        let mut reader = Reader { browser, url: format!("file://{}", page.display()), cells: &[], checks: 0 };
+        reader.browser.call("Emulation.setScrollbarsHidden", json!({"hidden": true}))?;
+        reader.window(1000, 720, false)?;
+        reader.open("")?;
+        reader.picture(path)?;
+        Ok(Pass::Whole(path.display().to_string()))
+    })
+}
+
+fn folder(workspace: &Workspace) -> Result<PathBuf, String> {
+    let folder = workspace.target.join("xtask/report");
+    fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    Ok(folder)
+}
+
+/// The embedded matrix and the real one of `from`, as a user makes it.
+fn write(workspace: &Workspace, log: &mut Log, format: &str, from: &str, to: &Path) -> Result<(), String> {
+    let mut command = cargo(&workspace.root);
+    command.args(["run", "--release", "-p", "ringfence", "--", "matrix", "--from", from]);
+    log.run(command.args(["--format", format, "--output"]).arg(to))
+}
+
+fn with_browser(program: &str, folder: &Path, work: impl FnOnce(Browser) -> StepResult) -> StepResult {
+    let profile = tempfile::tempdir().map_err(|error| format!("no folder for the browser: {error}"))?;
+    let messages = folder.join("chromium.log");
+    let messages = File::create(&messages).map_err(|error| format!("{}: {error}", messages.display()))?;
+    work(Browser::start(program, profile.path(), Stdio::from(messages))?)
 }
 
 /// A Chromium: the machine's, or one that apt adds.

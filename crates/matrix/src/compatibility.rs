@@ -10,7 +10,7 @@ pub fn page(table: &Table) -> String {
     let mut page = Page { text: INTRODUCTION.to_owned(), notes: Vec::new() };
     page.provenance(table);
     page.dangers(table);
-    sides::by_platform(table).iter().for_each(|group| page.group(group));
+    sides::by_platform(table).iter().for_each(|group| page.group(table, group));
     page.footnotes();
     page.text
 }
@@ -79,9 +79,11 @@ impl Page {
         }
     }
 
-    fn group(&mut self, group: &Group<'_>) {
+    fn group(&mut self, table: &Table, group: &Group<'_>) {
+        // In the order in which they ran.
         let mut machines: Vec<&str> = Vec::new();
-        for cell in group.rows.iter().flat_map(|row| &row.real) {
+        let here = |cell: &&Record| cell.source == Source::Real && sides::place(cell).0 == group.platform;
+        for cell in table.cells.iter().filter(here) {
             if !machines.contains(&cell.platform.as_str()) {
                 machines.push(&cell.platform);
             }
@@ -105,16 +107,21 @@ impl Page {
 
     /// Real cells of one machine and one row, those of one verdict together.
     fn real(&mut self, cells: &[&Record]) -> String {
-        let mut verdicts: Vec<(String, Vec<String>)> = Vec::new();
+        let mut verdicts: Vec<(String, Vec<&Record>)> = Vec::new();
         for cell in cells {
             let verdict = self.verdict(cell);
-            let name = format!("{} {}", escaped(&cell.driver), escaped(&cell.device));
             match verdicts.iter_mut().find(|(known, _)| *known == verdict) {
-                Some((_, names)) => names.push(name),
-                None => verdicts.push((verdict, vec![name])),
+                Some((_, cells)) => cells.push(cell),
+                None => verdicts.push((verdict, vec![cell])),
             }
         }
-        let told = verdicts.iter().map(|(verdict, names)| format!("{verdict}: {}", names.join(", ")));
+        let told = verdicts.iter().map(|(verdict, cells)| {
+            let drivers = cells.chunk_by(|one, next| one.driver == next.driver).map(|cells| {
+                let devices: Vec<_> = cells.iter().map(|cell| cell.device.as_str()).collect();
+                format!("{} × {}", cells[0].driver, devices.join(" · "))
+            });
+            format!("{verdict}: {}", escaped(&drivers.collect::<Vec<_>>().join("; ")))
+        });
         told.collect::<Vec<_>>().join("<br>")
     }
 
