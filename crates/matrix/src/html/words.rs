@@ -67,7 +67,9 @@ pub(super) fn meaning(observed: Observed) -> &'static str {
         Observed::Verdict(Verdict::RefusedByDriver) => "The driver does not start the device: no ring ran.",
         Observed::Verdict(Verdict::RefusedByDevice) => "The device does not accept the driver: no ring ran.",
         Observed::Verdict(Verdict::WorksUntranslated) => "There is no IOMMU, and none is needed.",
-        Observed::Verdict(Verdict::WorksUnconfined) => "Addresses are translated, and nothing is protected: Xen.",
+        Observed::Verdict(Verdict::WorksUnconfined) => {
+            "Addresses are translated, and nothing is protected: Xen without grants."
+        }
         Observed::Verdict(Verdict::WorksTranslated) => {
             "The device reaches what the driver lent to it, and nothing else."
         }
