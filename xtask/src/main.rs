@@ -7,9 +7,11 @@
 
 mod arrows;
 mod bit33;
+mod browser;
 mod guests;
 mod no_std;
 mod old_driver;
+mod report;
 mod steps;
 
 use std::env;
@@ -32,7 +34,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Formatting, lints, no_std builds, documentation, tests, the demo, the matrix, and real guests.
+    /// Formatting, lints, no_std builds, documentation, tests, the demo, the matrix and its report, and real guests.
     ///
     /// Logs of all steps are kept in target/xtask; kernels and QEMU in target/guests.
     Test {
@@ -54,6 +56,12 @@ enum Task {
     NoStd,
     /// A kernel with a real old driver, built into target/release/ringfence-old-driver and booted once.
     OldDriver,
+    /// The matrix as a page, read in a headless Chromium.
+    Report {
+        /// Only take a picture of the page with the stored real run, as in docs/report.png.
+        #[arg(long, value_name = "FILE")]
+        picture: Option<PathBuf>,
+    },
     /// Checks that feature bit 33 is named in the policy crate alone.
     Bit33,
 }
@@ -105,6 +113,12 @@ fn perform(task: Task) -> Result<bool, String> {
             steps.step("the old driver", |log| old_driver::build(workspace, log))?;
             steps.step("the old driver boots", |log| old_driver::boot(workspace, QemuSource::Auto, true, log))
         }),
+        Task::Report { picture: None } => {
+            run(workspace, false, |steps| steps.step("the report in a browser", |log| report::run(workspace, log)))
+        }
+        Task::Report { picture: Some(path) } => {
+            run(workspace, false, |steps| steps.step("a picture", |log| report::picture(workspace, log, &path)))
+        }
         Task::Bit33 => run(workspace, false, |steps| steps.step("bit 33", |_| bit33::run(workspace))),
     })
 }
@@ -137,6 +151,7 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     steps.cargo("demo", &["run", "--release", "-p", "ringfence", "--", "demo"], &[])?;
     steps.cargo("matrix", &["run", "--release", "-p", "ringfence", "--", "matrix"], &[])?;
     steps.step("the old driver boots", |log| old_driver::boot(workspace, guests.qemu(), guests.no_skip(), log))?;
+    steps.step("the report in a browser", |log| report::run(workspace, log))?;
     boots(workspace, steps, guests)
 }
 

@@ -27,6 +27,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod apt;
 mod backend;
 mod boot;
 mod cache;

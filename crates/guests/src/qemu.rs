@@ -1,9 +1,9 @@
 //! Which QEMU: the machine's own, one that apt may add, or one unpacked privately.
 
-use std::env;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
+use crate::apt::{self, is_in_path};
 use crate::cache::Cache;
 use crate::error::Error;
 use crate::packages::{Arch, Suite};
@@ -76,7 +76,7 @@ impl Qemu {
         if let Some(qemu) = Self::in_path(arches) {
             return Ok(qemu);
         }
-        let by_apt = match install(cache, arches) {
+        let by_apt = match apt::install(cache, "the distribution's QEMU", &packages(arches)) {
             Ok(()) => match Self::in_path(arches) {
                 Some(qemu) => return Ok(qemu),
                 None => "apt installed the packages, yet they are not in PATH".to_owned(),
@@ -99,103 +99,21 @@ impl Qemu {
     }
 }
 
-/// Installs the distribution's QEMU from the machine's own sources; a reason
-/// in words when that cannot be had without changing what is installed.
-fn install(cache: &Cache<'_>, arches: &[Arch]) -> Result<(), String> {
-    if !rustix::process::geteuid().is_root() {
-        return Err("not root".to_owned());
-    }
-    if !is_in_path("apt-get") {
-        return Err("no apt-get here".to_owned());
-    }
-    let scratch = cache.scratch().map_err(|error| error.to_string())?;
-    let apt = Apt { scratch: scratch.path() };
-    apt.run(&["update"])?;
-    let mut install = vec!["install", "--yes", "--no-install-recommends", "--no-remove"];
-    install.extend(arches.iter().map(|arch| arch.qemu_package()));
-    let plan = apt.run(&[&["--simulate"], &install[..]].concat())?;
-    if let Some(change) = plan.lines().find(|line| changes_the_machine(line)) {
-        return Err(format!("it would change what is installed: {change}"));
-    }
-    cache.say("installing the distribution's QEMU by apt");
-    apt.run(&install).map(drop)
-}
-
-/// Whether a line of apt's plan touches a package that is installed already.
-fn changes_the_machine(line: &str) -> bool {
-    // `Inst name [old] (new …)` is an upgrade; a new package has no `[old]`.
-    let replaces = |rest: &str| rest.split_whitespace().nth(1).is_some_and(|word| word.starts_with('['));
-    line.starts_with("Remv ") || line.strip_prefix("Inst ").is_some_and(replaces)
-}
-
-/// apt with the machine's sources, and lists of our own: those of the machine
-/// may be absent, and stay as they are.
-struct Apt<'a> {
-    scratch: &'a Path,
-}
-
-impl Apt<'_> {
-    fn run(&self, arguments: &[&str]) -> Result<String, String> {
-        let scratch = std::path::absolute(self.scratch).map_err(|error| error.to_string())?;
-        for folder in ["lists/partial", "cache/archives/partial"] {
-            std::fs::create_dir_all(scratch.join(folder)).map_err(|error| error.to_string())?;
-        }
-        let mut command = Command::new("apt-get");
-        command
-            .env("LC_ALL", "C")
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .arg("-q")
-            .arg(format!("-oDir::State::Lists={}", scratch.join("lists").display()))
-            .arg(format!("-oDir::Cache={}", scratch.join("cache").display()))
-            .arg("-oAPT::Sandbox::User=root")
-            .arg("-oAcquire::Retries=3")
-            .arg("-oAcquire::Languages=none")
-            .args(arguments);
-        tool::run(&mut command).map_err(|error| match error {
-            Error::Tool { tail, .. } => last_error(&tail),
-            other => other.to_string(),
-        })
-    }
-}
-
-/// apt's own one-line reason, or the end of what it said.
-fn last_error(tail: &str) -> String {
-    let lines: Vec<&str> = tail.lines().map(str::trim).collect();
-    let errors: Vec<&str> = lines.iter().copied().filter(|line| line.starts_with("E: ")).collect();
-    match errors.is_empty() {
-        true => lines.join(" "),
-        false => errors.join(" "),
-    }
-}
-
-fn is_in_path(program: &str) -> bool {
-    env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(program).is_file()))
-}
-
 fn no_qemu(arches: &[Arch], reason: String) -> Error {
+    Error::NoQemu { reason, install: apt::command(&packages(arches)) }
+}
+
+/// Each once.
+fn packages(arches: &[Arch]) -> Vec<&'static str> {
     let mut packages: Vec<_> = arches.iter().map(|arch| arch.qemu_package()).collect();
     packages.sort_unstable();
     packages.dedup();
-    Error::NoQemu { reason, install: format!("apt-get install --no-install-recommends {}", packages.join(" ")) }
+    packages
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_plan_that_only_adds_is_told_from_one_that_changes() {
-        assert!(!changes_the_machine("Inst seabios (1.16.2-1 Debian:12.15/oldstable [all])"));
-        assert!(!changes_the_machine("Conf seabios (1.16.2-1 Debian:12.15/oldstable [all])"));
-        assert!(changes_the_machine("Inst libusb-1.0-0 [2:1.0.25-1] (2:1.0.26-1 Debian:12.15/oldstable [amd64])"));
-        assert!(changes_the_machine("Remv qemu-utils [1:10.0.2]"));
-    }
-
-    #[test]
-    fn apt_is_quoted_by_its_errors() {
-        assert_eq!(last_error("    Reading\n    E: no such package\n"), "E: no such package");
-        assert_eq!(last_error("    odd\n    end"), "odd end");
-    }
 
     #[test]
     fn a_missing_qemu_names_the_command_that_helps() {

@@ -104,8 +104,9 @@ struct Term {
     names: Vec<String>,
 }
 
+/// What a selection can ask of a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Key {
+pub(crate) enum Key {
     Platform,
     Driver,
     Device,
@@ -135,7 +136,16 @@ pub enum SelectError {
 impl Select {
     /// Whether `case` is one of them.
     pub fn matches(&self, case: &Case) -> bool {
-        self.0.iter().all(|term| term.names.iter().any(|name| fits(name, term.key.of(case))) != term.negated)
+        self.matches_names(|key| vec![key.of(case)])
+    }
+
+    /// Whether a cell is one of them that is called by these names, any of which may be asked for.
+    pub(crate) fn matches_names<'n>(&self, names: impl Fn(Key) -> Vec<&'n str>) -> bool {
+        self.0.iter().all(|term| {
+            let called = names(term.key);
+            let wanted = |name: &String| called.iter().any(|called| fits(name, called));
+            term.names.iter().any(wanted) != term.negated
+        })
     }
 }
 

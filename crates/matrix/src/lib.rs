@@ -25,9 +25,12 @@ mod bus;
 mod case;
 mod grants;
 mod machine;
+mod sides;
 mod verdict;
 mod xen;
 
+pub mod compatibility;
+pub mod html;
 pub mod proposal;
 pub mod record;
 pub mod report;

@@ -2,9 +2,12 @@
 //!
 //! docs/matrix.md describes the JSON field by field.
 
-use crate::Verdict;
+use crate::case::Key;
+use crate::sides::place;
+use crate::{Select, Verdict};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::{Map, Value};
+use std::fmt;
 
 /// The version of the JSON: it changes when a field changes its meaning or goes.
 pub const SCHEMA: u32 = 1;
@@ -16,6 +19,58 @@ pub struct Table {
     pub schema: u32,
     /// In the order in which they are shown.
     pub cells: Vec<Record>,
+}
+
+impl Table {
+    /// Reads what was written as JSON.
+    ///
+    /// # Errors
+    ///
+    /// It is no JSON of this kind, or of another version: nothing is guessed.
+    pub fn from_json(text: &str) -> Result<Self, ReadError> {
+        #[derive(Deserialize)]
+        struct Version {
+            schema: Option<Value>,
+        }
+        let version: Version = serde_json::from_str(text)?;
+        match version.schema {
+            Some(schema) if schema == SCHEMA => Ok(serde_json::from_str(text)?),
+            Some(schema) => Err(ReadError::Schema(schema.to_string())),
+            None => Err(ReadError::NoSchema),
+        }
+    }
+
+    /// Its real cells that are in `select`, by their own names or those of what they stand for.
+    pub fn into_real(self, select: &Select) -> Vec<Record> {
+        self.cells.into_iter().filter(|cell| cell.source == Source::Real && cell.is_in(select)).collect()
+    }
+}
+
+impl Record {
+    fn is_in(&self, select: &Select) -> bool {
+        let (platform, driver, device) = place(self);
+        select.matches_names(|key| match key {
+            Key::Platform => vec![&self.platform, platform],
+            Key::Driver => vec![&self.driver, driver],
+            Key::Device => vec![&self.device, device],
+        })
+    }
+}
+
+/// A table that can't be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// Not JSON, or not the fields that it should have.
+    #[error("not a matrix as JSON: {0}")]
+    Json(#[from] serde_json::Error),
+    /// It does not say of which version it is.
+    #[error("not a matrix as JSON: it has no \"schema\"")]
+    NoSchema,
+    /// Another version.
+    #[error(
+        "its schema is {0}, and this ringfence reads schema {SCHEMA}: write it anew, or use the ringfence that wrote it"
+    )]
+    Schema(String),
 }
 
 /// One cell, written down.
@@ -54,6 +109,16 @@ pub enum Source {
     Embedded,
     /// With a real kernel in a real QEMU.
     Real,
+}
+
+impl Source {
+    /// Its name in data.
+    pub fn slug(self) -> &'static str {
+        match self {
+            Source::Embedded => "embedded",
+            Source::Real => "real",
+        }
+    }
 }
 
 /// A cell of the proposal's table, by the names that selections use.
@@ -103,6 +168,16 @@ impl Observed {
         match self {
             Observed::Verdict(verdict) => verdict.slug(),
             Observed::Skipped => "skipped",
+        }
+    }
+}
+
+/// As a reader says it.
+impl fmt::Display for Observed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Observed::Verdict(verdict) => verdict.fmt(f),
+            Observed::Skipped => f.pad("skipped"),
         }
     }
 }

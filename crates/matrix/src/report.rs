@@ -266,6 +266,19 @@ impl Cell {
     }
 }
 
+/// The real cells of `table` for a terminal; nothing if there are none.
+pub fn real(table: &Table) -> String {
+    let mut text = String::new();
+    let mut platform = None;
+    for cell in table.cells.iter().filter(|cell| cell.source == Source::Real) {
+        if platform.replace(&cell.platform) != Some(&cell.platform) {
+            let _ = writeln!(text, "\nreal: {}", cell.platform);
+        }
+        let _ = writeln!(text, "  {:21} {:22} {:29} {}", cell.driver, cell.device, cell.observed, cell.why);
+    }
+    text
+}
+
 /// A sentence's place in the text.
 fn number(id: &str) -> usize {
     Proposal::the().sentences.iter().position(|sentence| sentence.id == id).expect("a sentence of the proposal")

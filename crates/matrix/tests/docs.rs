@@ -1,8 +1,13 @@
-//! docs/matrix.md says sentence by sentence what the matrix says.
+//! docs/matrix.md says sentence by sentence what the matrix says; docs/compatibility.md is both matrices, the real one as
+//! docs/compatibility.json has it.
+//!
+//! With `UPDATE_DOCS=1` they are written anew, and with `REAL_RUN=FILE`, which `ringfence matrix --real --format json`
+//! wrote, the real matrix is that one from then on.
 
 use ringfence_matrix::proposal::{Agreement, Proposal, Sentence};
+use ringfence_matrix::record::{SCHEMA, Table};
 use ringfence_matrix::report::Cell;
-use ringfence_matrix::{Genuine, Matrix, Select, Verdict};
+use ringfence_matrix::{Genuine, Matrix, Select, Verdict, compatibility};
 use std::fmt::Write;
 use std::{env, fs, path};
 
@@ -10,16 +15,50 @@ const BEGIN: &str = "<!-- sentences: begin -->\n";
 const END: &str = "<!-- sentences: end -->\n";
 
 #[test]
-fn the_page_is_in_step() {
-    let path = path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/matrix.md");
-    let page = fs::read_to_string(&path).unwrap();
+fn the_sentences_are_in_step() {
+    let page = fs::read_to_string(docs("matrix.md")).unwrap();
     let (before, rest) = page.split_once(BEGIN).expect("where the table begins");
     let (_, after) = rest.split_once(END).expect("where the table ends");
-    let expected = format!("{before}{BEGIN}{}{END}{after}", table());
-    if page != expected && env::var_os("UPDATE_DOCS").is_some() {
-        fs::write(&path, &expected).unwrap();
+    in_step("matrix.md", &format!("{before}{BEGIN}{}{END}{after}", table()));
+}
+
+#[test]
+fn the_compatibility_is_in_step() {
+    let data = docs("compatibility.json");
+    if let (true, Some(run)) = (updating(), env::var_os("REAL_RUN")) {
+        let run = Table::from_json(&fs::read_to_string(run).unwrap()).unwrap();
+        fs::write(&data, serde_json::to_string_pretty(&kept(run)).unwrap() + "\n").unwrap();
+    }
+    let stored = Table::from_json(&fs::read_to_string(&data).unwrap()).unwrap();
+    assert_eq!(kept(stored.clone()), stored, "docs/compatibility.json holds more than a reader needs");
+    let mut both = Matrix::run(&Select::default(), &Genuine).table();
+    both.cells.extend(stored.cells);
+    in_step("compatibility.md", &compatibility::page(&both));
+}
+
+/// What is worth keeping of a real run: its cells, without what is about the machine that it ran on.
+fn kept(run: Table) -> Table {
+    let mut cells = run.into_real(&Select::default());
+    for cell in &mut cells {
+        cell.evidence.retain(|name, _| !["command", "log"].contains(&name.as_str()));
+    }
+    Table { schema: SCHEMA, cells }
+}
+
+fn docs(name: &str) -> path::PathBuf {
+    path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs").join(name)
+}
+
+fn updating() -> bool {
+    env::var_os("UPDATE_DOCS").is_some()
+}
+
+fn in_step(name: &str, expected: &str) {
+    let page = fs::read_to_string(docs(name)).unwrap_or_default();
+    if page != expected && updating() {
+        fs::write(docs(name), expected).unwrap();
     } else {
-        assert!(page == expected, "docs/matrix.md is not in step: run this test with UPDATE_DOCS=1");
+        assert!(page == expected, "docs/{name} is not in step: run this test with UPDATE_DOCS=1");
     }
 }
 
