@@ -179,8 +179,6 @@ pub(crate) struct Asking {
     order: Mutex<Vec<Question>>,
 }
 
-/// So many retired pieces are freed together: each time costs a fence.
-const RETIRED: usize = 64;
 /// See the crate's documentation.
 const BYTES: usize = 128;
 
@@ -240,12 +238,10 @@ impl Iotlb {
         let mapping = Translation { first: first.0, last: last.0, host, permission };
         let met = self.table.insert(&mut books.table, mapping);
         books.seen.updates += 1;
-        let replaced = if met == Met::Different {
+        let replaced = (met == Met::Different).then(|| {
             books.seen.remaps += 1;
             self.removed(&books, first, last)
-        } else {
-            Fence::nothing(first, last)
-        };
+        });
         if let Some(asking) = &self.asking {
             // Orders the mapping's store, above, before the look at `busy`, below; in pair with the fence in
             // `View::miss`, which orders the store of `busy` before its second look for the mapping. So either the
@@ -259,7 +255,7 @@ impl Iotlb {
                 self.tell(books, news);
             }
         }
-        Ok(replaced)
+        Ok(replaced.unwrap_or_else(|| Fence::nothing(first, last)))
     }
 
     /// Removes every mapping that overlaps `first..=last`. They are gone from every view's next visit on; whether
@@ -386,14 +382,21 @@ impl Iotlb {
     }
 
     /// Frees what nobody can look at any more.
+    #[inline]
     fn collect(&self, books: &mut Books) {
+        if books.grace.is_some() || books.table.is_worth_collecting() {
+            self.collect_some(books);
+        }
+    }
+
+    fn collect_some(&self, books: &mut Books) {
         if let Some(grace) = &mut books.grace {
             grace.visits.retain(|(seat, epoch)| seat.epoch.load(Acquire) == *epoch);
             if grace.visits.is_empty() {
                 books.grace = None;
             }
         }
-        if books.grace.is_none() && books.table.retired.len() >= RETIRED {
+        if books.grace.is_none() && books.table.is_worth_collecting() {
             // Orders the unlinking, in earlier calls, before the look at the epochs: as in `removed`.
             fence(SeqCst);
             let under_way = |seat: &Arc<Seat>| {
@@ -402,7 +405,7 @@ impl Iotlb {
                 (!epoch.is_multiple_of(2)).then(|| (Arc::clone(seat), epoch))
             };
             let visits = books.seats.iter().filter_map(under_way).collect();
-            books.grace = Some(Grace { visits, retired: std::mem::take(&mut books.table.retired) });
+            books.grace = Some(Grace { visits, retired: books.table.take_retired() });
         }
     }
 
