@@ -112,6 +112,14 @@ impl<M: Memory> Queue<M> {
     /// # Errors
     /// [`Broken`] stops the queue for good; what is under way still completes by [`Queue::drain`].
     pub fn turn(&mut self, look: Look) -> Result<Turn, Broken> {
+        let turn = self.visit(look);
+        // After the visit: handing on is a system call, and a file system may take its time for it.
+        self.handler.submit();
+        turn
+    }
+
+    #[inline]
+    fn visit(&mut self, look: Look) -> Result<Turn, Broken> {
         let Self { ring, memory, handler, report, requests } = self;
         let visit = memory.visit();
         let mut ring = ring.open(&visit);
@@ -141,8 +149,6 @@ impl<M: Memory> Queue<M> {
                 break;
             }
         }
-        server.handler.submit();
-
         turn.notify = requests.publish(&mut ring)?;
         Ok(turn)
     }
@@ -188,10 +194,9 @@ impl<M: Memory> Queue<M> {
     pub fn drain(&mut self) -> bool {
         let Self { memory, handler, report, requests, .. } = self;
         let visit = memory.visit();
-        let mut server = Server { visit: &visit, handler: &mut **handler, report: &mut **report };
-        server.handler.submit();
-        requests.collect(&mut server);
-        server.handler.submit();
+        requests.collect(&mut Server { visit: &visit, handler: &mut **handler, report: &mut **report });
+        drop(visit);
+        handler.submit();
         requests.under_way == 0 && requests.back.is_empty()
     }
 

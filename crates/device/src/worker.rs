@@ -27,8 +27,9 @@ const HURRY: Duration = Duration::from_secs(1);
 /// How long requests that were cancelled are waited for.
 const GRACE: Duration = Duration::from_millis(250);
 
-/// How long a thread may take beyond all that: its visits to memory are short, unless memory itself does not answer.
-const VISIT: Duration = Duration::from_secs(1);
+/// How long a thread may take beyond all that. Its visits to memory are short, unless memory itself does not answer; but
+/// a busy host may not let it run for a while.
+const VISIT: Duration = Duration::from_secs(10);
 
 /// How often an empty queue is looked at between two looks at the clock.
 const LOOKS: u32 = 32;

@@ -51,6 +51,9 @@ const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
 /// not answer.
 const FENCE_STEP: Duration = Duration::from_millis(50);
 
+/// How long it is waited for in all: long enough for a busy host to let a thread run.
+const FENCE_PATIENCE: Duration = Duration::from_secs(10);
+
 /// How long those are waited for that memory has been taken away from.
 const LOST_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -481,7 +484,7 @@ impl Session {
     fn wait(&self, mut fence: Fence) {
         let since = Instant::now();
         while let Err(stuck) = fence.wait_for(FENCE_STEP) {
-            if since.elapsed() >= self.options.io_timeout || self.is_in_a_hurry() {
+            if since.elapsed() >= FENCE_PATIENCE || self.is_in_a_hurry() {
                 tracing::error!("the front-end waits for its own memory: {stuck}");
                 self.take_memory_away();
                 if fence.wait_for(LOST_PATIENCE).is_err() {

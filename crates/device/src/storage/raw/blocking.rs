@@ -5,6 +5,7 @@ use super::super::{Durability, Operation};
 use super::work::{Call, Next, Work, ZEROES};
 use super::{Image, Now};
 use ringfence_dma::{DetachedSlice, HostSlice};
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
@@ -69,6 +70,16 @@ pub(super) unsafe fn move_now(
         }
     }
     Ok(len - work.left())
+}
+
+/// Whether the file's file system knows RWF_NOWAIT.
+pub(super) fn knows_nowait(file: &File) -> bool {
+    let mut byte = 0_u8;
+    let piece = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    // SAFETY: writes to one byte of this function's own.
+    let result = unsafe { libc::preadv2(file.as_raw_fd(), &piece, 1, 0, libc::RWF_NOWAIT) };
+    let unknown = [libc::EOPNOTSUPP, libc::ENOSYS, libc::EINVAL];
+    result >= 0 || !unknown.contains(&io::Error::last_os_error().raw_os_error().unwrap_or(0))
 }
 
 /// Makes a transfer as far as that needs no waiting. `None` where somebody has to wait.

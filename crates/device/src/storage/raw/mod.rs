@@ -82,6 +82,9 @@ struct Image {
     is_device: bool,
     read_now: Now,
     write_now: Now,
+    /// Whether its file system knows calls that must not wait. One that does not may wait, in its server, for what io_uring
+    /// asks it on the way in: that is for a thread of the kernel's from the start.
+    knows_nowait: bool,
     can_punch: AtomicBool,
     can_zero: AtomicBool,
     lost: Lost,
@@ -122,6 +125,7 @@ impl Image {
         let units = if is_device { device_units(&file) } else { file_units(&file) };
         let units = units.map_err(|source| Reason::Io { doing: "asking for its block size", source })?;
         let in_memory = !is_device && lives_in_memory(&file);
+        let knows_nowait = in_memory || blocking::knows_nowait(&file);
         Ok(Self {
             geometry: Geometry {
                 block_size: units.block,
@@ -137,6 +141,7 @@ impl Image {
             is_device,
             read_now: Now::of(in_memory),
             write_now: Now::of(in_memory),
+            knows_nowait,
             can_punch: AtomicBool::new(true),
             can_zero: AtomicBool::new(true),
             lost: Lost::default(),
@@ -244,6 +249,7 @@ mod tests {
             is_device: false,
             read_now: Now::of(false),
             write_now: Now::of(false),
+            knows_nowait: true,
             can_punch: AtomicBool::new(true),
             can_zero: AtomicBool::new(true),
             lost: Lost::default(),

@@ -71,7 +71,7 @@ impl Ring {
         let work = &self.slots[usize::from(token)].work;
         let entry = entry(work.call()).user_data(token.into());
         // In a worker thread of the kernel, where it may wait.
-        let entry = if work.stalled() { entry.flags(squeue::Flags::ASYNC) } else { entry };
+        let entry = if work.stalled() || !self.image.knows_nowait { entry.flags(squeue::Flags::ASYNC) } else { entry };
         self.push(entry);
     }
 
