@@ -134,8 +134,10 @@ fn no_byte_of_an_invalidated_page_changes_from_another_process() {
         let Some(file) = SlowFile::mount(Duration::from_millis(2), direct) else { return };
         let served = Outside::start(&file.path(), &["--iotlb", "cache"]);
         let frontend = Frontend::connect(&served.socket, Misses::Answered);
-        let seen = frontend.run(Load { pages: pages() / 2, stops: 20, known: true });
-        assert!(seen.done > 50 && seen.checked > 5 && seen.stamped >= pages() / 2, "{seen:?}");
+        // What is written to a file that is cached is read from there.
+        let seen = frontend.run(Load { pages: pages() / 2, stops: 20, known: direct });
+        assert!(seen.done > 50 && seen.stamped >= pages() / 2, "{seen:?}");
+        assert!(seen.checked > 5 || !direct, "{seen:?}");
         eprintln!("a file whose server {}: {seen:?}", if direct { "has pages pinned" } else { "lets pages be cached" });
         drop(frontend);
         served.end();
