@@ -427,7 +427,7 @@ impl Requests {
         self.look = Look::Not;
         while let Some(&token) = self.waiting.get(at) {
             if bytes >= TURN_BYTES {
-                self.look = look;
+                self.look = self.look.max(look);
                 break;
             }
             let slot = &mut self.slots[usize::from(token)];
@@ -492,6 +492,10 @@ impl Requests {
         match served {
             Served::Done(written) => {
                 slot.release(visit);
+                if !visit.keeps() && !self.waiting.is_empty() {
+                    // What was forgotten just now may be what another was waiting for, and was there already.
+                    self.look = Look::Thorough;
+                }
                 self.finished.push_back((slot.chain.head(), written));
                 false
             }

@@ -456,3 +456,162 @@ fn copy(from: HostSlice<'_>, to: HostSlice<'_>) {
     // SAFETY: both are good while borrowed; one of them is a buffer, so they do not overlap.
     unsafe { from.as_ptr().copy_to_nonoverlapping(to.as_ptr(), from.len()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Durability;
+    use super::*;
+    use ringfence_dma::Ram;
+    use std::os::fd::AsFd;
+
+    /// Ends what it was given when a test says so. Every read brings 7s.
+    struct Script {
+        under_way: Vec<(u16, Operation, Option<DetachedSlice>)>,
+        ends: Vec<(u16, io::Result<()>)>,
+        fd: std::os::fd::OwnedFd,
+    }
+
+    impl Engine for Script {
+        unsafe fn start(&mut self, token: u16, operation: Operation, memory: Option<DetachedSlice>) -> Started {
+            self.under_way.push((token, operation, memory));
+            Started::Pending
+        }
+
+        fn submit(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn completed(&mut self, each: &mut dyn FnMut(u16, io::Result<()>)) {
+            self.ends.drain(..).for_each(|(token, result)| each(token, result));
+        }
+
+        fn completion_fd(&self) -> BorrowedFd<'_> {
+            self.fd.as_fd()
+        }
+
+        fn cancel(&mut self, _token: u16) {}
+    }
+
+    fn queue(strays: &Strays) -> Bounce<Script> {
+        let fd = std::fs::File::open("/dev/null").unwrap().into();
+        let script = Script { under_way: Vec::new(), ends: Vec::new(), fd };
+        Bounce::new(script, Geometry::plain(1 << 30), 64, strays)
+    }
+
+    impl Bounce<Script> {
+        /// Ends the oldest, and says what is told of it.
+        fn end_oldest(&mut self) -> Vec<(u16, Came)> {
+            let (token, operation, memory) = self.engine.under_way.remove(0);
+            if let (Operation::Read { .. }, Some(memory)) = (operation, memory) {
+                // SAFETY: the buffer is the engine's until its token ends.
+                unsafe { memory.attach() }.fill(7);
+            }
+            self.engine.ends.push((token, Ok(())));
+            self.came()
+        }
+
+        fn came(&mut self) -> Vec<(u16, Came)> {
+            let mut came = Vec::new();
+            self.completed(&mut |token, how| came.push((token, how)));
+            came
+        }
+    }
+
+    fn sum(ram: &Ram) -> u64 {
+        let mut bytes = vec![0; ram.len()];
+        ram.slice(0, ram.len()).read(0, &mut bytes);
+        bytes.iter().map(|&byte| u64::from(byte)).sum()
+    }
+
+    #[test]
+    fn a_read_comes_in_parts_and_moves_bytes_during_calls_alone() {
+        const LEN: usize = 5 << 19;
+        let (ram, mut queue) = (Ram::new(LEN), queue(&Strays::default()));
+        // SAFETY: `ram` is there during all calls.
+        let start = |queue: &mut Bounce<Script>, done: usize, go_on: bool| unsafe {
+            let pieces = [ram.slice(done, 100), ram.slice(done + 100, LEN - done - 100)].map(HostSlice::detach);
+            match go_on {
+                false => queue.start(3, Operation::Read { offset: 512 }, &pieces),
+                true => queue.go_on(3, &pieces),
+            }
+        };
+        assert!(matches!(start(&mut queue, 0, false), Started::Pending));
+        for part in 0..3 {
+            let done = part << 20;
+            assert!(matches!(queue.engine.under_way[..], [(3, Operation::Read { offset }, _)] if offset == 512 + done));
+            assert_eq!(sum(&ram), 7 * done, "nothing moves between calls");
+            assert!(matches!(queue.end_oldest()[..], [(3, Came::Data { done: told })] if told == done));
+            let went_on = start(&mut queue, done as usize, true);
+            assert!(matches!((part, went_on), (0 | 1, Started::Pending) | (2, Started::Done(Ok(())))));
+        }
+        assert_eq!(sum(&ram), 7 * LEN as u64);
+    }
+
+    #[test]
+    fn a_write_takes_its_bytes_in_calls_and_ends_without_them() {
+        const LEN: usize = (1 << 20) + 512;
+        let (ram, mut queue) = (Ram::new(LEN), queue(&Strays::default()));
+        ram.slice(0, LEN).fill(1);
+        let write = Operation::Write { offset: 0, durability: Durability::Cached };
+        // SAFETY: `ram` is there during the call.
+        assert!(matches!(unsafe { queue.start(0, write, &[ram.slice(0, LEN).detach()]) }, Started::Pending));
+        ram.slice(0, LEN).fill(2);
+        let (_, _, memory) = queue.engine.under_way[0];
+        // SAFETY: a buffer, which is the engine's.
+        assert_eq!(unsafe { memory.unwrap().attach() }.load_u16(0, Ordering::Relaxed), 0x101);
+        assert!(matches!(queue.end_oldest()[..], [(0, Came::Data { done: 0x10_0000 })]));
+        // SAFETY: as above.
+        assert!(matches!(unsafe { queue.go_on(0, &[ram.slice(1 << 20, 512).detach()]) }, Started::Pending));
+        assert!(matches!(queue.end_oldest()[..], [(0, Came::End(Ok(())))]));
+    }
+
+    #[test]
+    fn buffers_are_bounded_and_whoever_lacks_one_gets_the_next() {
+        const LEN: usize = PART as usize;
+        let (ram, mut queue) = (Ram::new(LEN), queue(&Strays::default()));
+        let room = (BUFFERS / LEN) as u16;
+        let piece = [ram.slice(0, LEN).detach()];
+        for token in 0..room + 3 {
+            // SAFETY: `ram` is there during the call.
+            assert!(matches!(unsafe { queue.start(token, Operation::Read { offset: 0 }, &piece) }, Started::Pending));
+        }
+        assert_eq!(queue.engine.under_way.len(), usize::from(room));
+        queue.cancel(room + 1);
+        assert!(matches!(queue.came()[..], [(token, Came::End(Err(_)))] if token == room + 1));
+        // One that is given up, one that ends.
+        assert!(matches!(queue.end_oldest()[..], [(0, Came::Data { .. })]));
+        queue.forget(0);
+        assert!(matches!(queue.came()[..], [(token, Came::Data { done: 0 })] if token == room));
+        // SAFETY: as above.
+        assert!(matches!(unsafe { queue.go_on(room, &piece) }, Started::Pending));
+        assert!(matches!(queue.end_oldest()[..], [(1, Came::Data { .. })]));
+        // SAFETY: as above.
+        assert!(matches!(unsafe { queue.go_on(1, &piece) }, Started::Done(Ok(()))));
+        assert!(matches!(queue.came()[..], [(token, Came::Data { done: 0 })] if token == room + 2));
+        assert!(queue.buffers.bytes <= BUFFERS);
+    }
+
+    #[test]
+    fn nothing_changes_the_disk_while_a_change_may_still_come() {
+        let (strays, ram) = (Strays::default(), Ram::new(512));
+        let (mut old, mut new) = (queue(&strays), queue(&strays));
+        let write = Operation::Write { offset: 0, durability: Durability::Cached };
+        let piece = [ram.slice(0, 512).detach()];
+        // SAFETY: `ram` is there during all calls.
+        let start = |queue: &mut Bounce<Script>, token, operation| unsafe {
+            let pieces = if matches!(operation, Operation::Discard { .. }) { &[][..] } else { &piece };
+            match queue.start(token, operation, pieces) {
+                Started::Pending => None,
+                Started::Done(result) => Some(result.unwrap_err().raw_os_error().unwrap()),
+            }
+        };
+        assert_eq!(start(&mut old, 0, write), None);
+        assert_eq!(start(&mut old, 1, Operation::Read { offset: 0 }), None);
+        old.abandon();
+        assert_eq!(start(&mut new, 0, write), Some(libc::EIO));
+        assert_eq!(start(&mut new, 0, Operation::Discard { offset: 0, len: 512 }), Some(libc::EIO));
+        assert_eq!(start(&mut new, 0, Operation::Read { offset: 0 }), None);
+        drop(old);
+        assert_eq!(start(&mut new, 1, write), None);
+    }
+}

@@ -24,9 +24,12 @@ const QUEUE: u16 = 256;
 const BASE: u64 = 0x7_0000_0000;
 const TABLE: usize = 0;
 const AVAIL: usize = 1;
+/// The used ring's flags and index are the last bytes of this page, and its entries begin with the next.
 const USED: usize = 2;
-const HEADERS: usize = 3;
-const STATUS: usize = 4;
+const ENTRIES: usize = 3;
+const HEADERS: usize = 4;
+const STATUS: usize = 5;
+const USED_AT: usize = PAGE - 4;
 const DATA: usize = 8;
 const ADDRESSES: usize = DATA + 256;
 
@@ -41,7 +44,7 @@ pub(crate) enum Misses {
 
 /// How long to go on.
 pub(crate) struct Load {
-    /// Until so many pages have been stamped.
+    /// Until so many pages have been stamped, and some requests have ended.
     pub(crate) pages: u64,
     /// How often the queue stops and goes on, on the way.
     pub(crate) stops: u64,
@@ -169,7 +172,7 @@ impl Frontend {
             base,
             descriptor: at(TABLE),
             available: at(AVAIL),
-            used: at(USED),
+            used: at(USED) + USED_AT as u64,
             kick: Some(self.kick.as_fd()),
             call: Some(self.call.as_fd()),
         };
@@ -245,7 +248,7 @@ impl Frontend {
 
     pub(crate) fn take_away_everything(&self) {
         let state = &mut self.state.lock().unwrap();
-        for address in [TABLE, AVAIL, USED, HEADERS, STATUS] {
+        for address in [TABLE, AVAIL, USED, ENTRIES, HEADERS, STATUS] {
             self.take_away(state, address, 1);
         }
         self.take_away(state, DATA, ADDRESSES - DATA);
@@ -311,9 +314,9 @@ impl Frontend {
     fn reap(&self, state: &mut State) -> usize {
         let mut count = 0;
         let used = self.at(USED);
-        while used.load_u16(2, Ordering::Acquire) != state.used {
-            let entry = usize::from(state.used % QUEUE) * 8 + 4;
-            let id = used.load_u32(entry, Ordering::Relaxed) as usize;
+        while used.load_u16(USED_AT + 2, Ordering::Acquire) != state.used {
+            let entry = usize::from(state.used % QUEUE) * 8;
+            let id = self.at(ENTRIES).load_u32(entry, Ordering::Relaxed) as usize;
             let slot = id / DESCRIPTORS;
             assert!(id.is_multiple_of(DESCRIPTORS) && slot < REQUESTS, "the device used {id}, which heads no chain");
             let request = state.requests[slot].take().expect("the device used a request that is under way");
@@ -381,7 +384,9 @@ impl Frontend {
         self.state.lock().unwrap().known = known;
         let mut stop_at = pages / (stops + 1);
         let mut progress = (Instant::now(), 0);
-        while self.state.lock().unwrap().seen.stamped < pages {
+        let is_enough =
+            |seen: &Seen| seen.stamped >= pages && seen.done >= pages / 100 && (seen.checked >= pages / 2000 || !known);
+        while !is_enough(&self.state.lock().unwrap().seen) {
             {
                 let state = &mut self.state.lock().unwrap();
                 self.reap(state);
@@ -395,7 +400,8 @@ impl Frontend {
                 match state.below(40) {
                     0 => self.take_away(state, TABLE, 1),
                     1 => self.take_away(state, AVAIL, 1),
-                    2 | 3 => self.take_away(state, USED, 1),
+                    2 => self.take_away(state, USED, 1),
+                    3 => self.take_away(state, ENTRIES, 1),
                     4 => self.take_away(state, HEADERS, 1),
                     5 | 6 => self.take_away(state, STATUS, 1),
                     7 => self.take_away(state, DATA, ADDRESSES - DATA),
@@ -413,6 +419,8 @@ impl Frontend {
             }
             if self.state.lock().unwrap().seen.stamped >= stop_at {
                 stop_at += pages / (stops + 1);
+                // What is used now can't be published, because nobody answers a miss while the queue is stopped.
+                self.take_away(&mut self.state.lock().unwrap(), USED, 1);
                 let base = self.stop();
                 self.assert_stamps();
                 self.start(base);
