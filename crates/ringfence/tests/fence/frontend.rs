@@ -202,8 +202,8 @@ impl Frontend {
         let mut found = [0; PAGE];
         self.page(page).read(0, &mut found);
         let changed = found != stamp.to_ne_bytes().repeat(PAGE / 8)[..];
-        let at = changed.then(|| found.chunks(8).position(|word| word != stamp.to_ne_bytes()));
-        assert!(!changed, "page {page} changed after its invalidation was acknowledged, at word {at:?}");
+        let at = found.chunks(8).position(|word| word != stamp.to_ne_bytes()).unwrap_or_default() * 8;
+        assert!(!changed, "page {page} changed at {at:#x} after its invalidation was acknowledged");
     }
 
     pub(crate) fn assert_stamps(&self) {
