@@ -52,6 +52,12 @@ enum Task {
         #[command(flatten)]
         guests: GuestArgs,
     },
+    /// The fence under load, for long: pages are taken away from a slow disk, stamped, and found unchanged.
+    Stress {
+        /// How many pages each test stamps.
+        #[arg(long, default_value_t = 4_000_000)]
+        pages: u64,
+    },
     /// The no_std crates linked into programs that have no std.
     NoStd,
     /// A kernel with a real old driver, built into target/release/ringfence-old-driver and booted once.
@@ -108,6 +114,14 @@ fn perform(task: Task) -> Result<bool, String> {
             guests.cells()?;
             run(workspace, false, |steps| boots(workspace, steps, &guests))
         }
+        Task::Stress { pages } => run(workspace, false, |steps| {
+            let pages = pages.to_string();
+            steps.cargo(
+                "the fence under load",
+                &["test", "--release", "-p", "ringfence", "--test", "fence", "--", "--nocapture", "--test-threads=1"],
+                &[("RINGFENCE_STRESS_PAGES", &pages)],
+            )
+        }),
         Task::NoStd => run(workspace, false, |steps| steps.step("no_std builds", |log| no_std::run(workspace, log))),
         Task::OldDriver => run(workspace, false, |steps| {
             steps.step("the old driver", |log| old_driver::build(workspace, log))?;

@@ -35,29 +35,52 @@ pub type Token = u16;
 pub enum Outcome {
     /// It is done, and this many bytes of its writable part were written, counted from the first.
     Done(u32),
-    /// It goes on; its token comes back from [`Handler::completed`].
+    /// It goes on without its memory; its token comes back from [`Handler::completed`].
     Pending,
 }
 
+/// A request that comes back, and the bytes of it that its handler touches next: nothing else of it has to be in reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Back {
+    /// Which.
+    pub token: Token,
+    /// The first byte of its readable part from which on all are read; its length where none is.
+    pub readable_from: u32,
+    /// The first byte of its writable part from which on all are written; its length where none is.
+    pub writable_from: u32,
+}
+
 /// One queue of a device: what is done with its requests. Used from one thread.
+///
+/// A handler has a request's memory during a call and never between: whoever takes memory away waits for no device.
 pub trait Handler: Send {
     /// Starts a request whose every byte can be reached. Must not wait for anything.
     fn start(&mut self, token: Token, request: &Request<'_>) -> Outcome;
 
     /// A request of which some byte can't be reached; returns how many bytes of its writable part were written.
-    /// Nothing of it may be carried out; a device with a status field says there that it failed.
+    /// Nothing of it may be carried out, or no more than was; a device with a status field says there that it failed.
     fn unreachable(&mut self, request: &Unreachable<'_>) -> u32;
 
     /// Hands on what was started since the last call: once a batch.
     fn submit(&mut self) {}
 
-    /// Appends the tokens of pending requests that are done.
-    fn completed(&mut self, _done: &mut Vec<Token>) {}
+    /// Appends the pending requests that have come as far as they can without their memory.
+    fn completed(&mut self, _back: &mut Vec<Back>) {}
 
-    /// Brings a request that was pending to its end, and returns how many bytes of its writable part were written.
-    fn finish(&mut self, _token: Token, _request: &Request<'_>) -> u32 {
-        0
+    /// Brings a request that came back to its end, or further. Of its memory there is what was asked for.
+    fn go_on(&mut self, _token: Token, _request: &Request<'_>) -> Outcome {
+        unreachable!("a device whose requests are never pending")
     }
+
+    /// A request that came back and will not go on.
+    fn forget(&mut self, _token: Token) {}
+
+    /// Asks for a pending request to be given up. It comes back all the same, sooner if that works.
+    fn cancel(&mut self, _token: Token) {}
+
+    /// Nobody waits any more for the requests that are pending. The handler is about to be dropped, which takes as long
+    /// as they do, and others of the same device may be at work before that is over.
+    fn abandon(&mut self) {}
 
     /// Becomes readable when something completed, for a thread with nothing else to do.
     fn completion_fd(&self) -> Option<BorrowedFd<'_>> {

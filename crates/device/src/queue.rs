@@ -1,11 +1,15 @@
 //! The engine that serves one queue of any device: it takes chains off the ring, has them translated, hands them to
 //! the device's [`Handler`], and puts what is used back.
 //!
-//! A chain that lacks a translation waits aside and holds no lease, so that it stops neither its neighbours nor whoever
+//! A chain that lacks a translation waits aside and holds nothing, so that it stops neither its neighbours nor whoever
 //! takes translations away; everything it lacks has been asked for at once. A chain that touches what it must not is
 //! failed alone. A chain that breaks the rules of rings stops the queue.
+//!
+//! Nor does a chain hold anything that the device has under way: the device has its memory for as long as a visit, and
+//! what it touches when it is done is translated again then, down to the status byte. So an invalidation waits for a
+//! visit and never for a disk.
 
-use crate::{Handler, Outcome, Pieces, Request, Token, Unreachable};
+use crate::{Back, Handler, Outcome, Pieces, Request, Token, Unreachable};
 use ringfence_dma::{
     Access, BusAddr, DetachedSlice, Fault, FaultReason, Memory, Miss, Stop, Ticket, Visit, copy_to_bus,
 };
@@ -28,11 +32,11 @@ const PIECES_KEPT: usize = 1024;
 /// One queue of a device, being served from one thread.
 pub struct Queue<M: Memory> {
     ring: DeviceQueue,
-    // Before the memory, also when a panic drops all of it: a handler waits for what it has under way.
-    handler: Box<dyn Handler>,
+    // Before the handler, also when a panic drops all of it: a handler waits for what it has under way.
     memory: M,
+    handler: Box<dyn Handler>,
     report: Box<dyn Report>,
-    requests: Requests<M::Lease>,
+    requests: Requests,
 }
 
 /// Who is told of accesses that were not let through. May be called often: limiting the rate is its business.
@@ -67,7 +71,9 @@ pub enum Broken {
 pub struct Stopped {
     /// Where to go on in the ring.
     pub position: Position,
+    /// Chains that start anew, those among them that the device had and was not done with.
     waiting: Vec<Chain>,
+    /// Chains that are done and that the driver was not told of.
     finished: Vec<(Head, u32)>,
 }
 
@@ -83,6 +89,10 @@ impl Stopped {
     }
 }
 
+/// What a queue that stopped leaves of its device: the requests that were given up and are not over. Dropping it waits
+/// for them, for as long as that takes; none of the queue's memory is touched any more.
+pub struct Leftover(#[expect(dead_code, reason = "held for its destructor")] Box<dyn Handler>);
+
 impl<M: Memory> Queue<M> {
     /// A queue over `ring` with up to `depth` requests under way, which goes on with what `stopped` left.
     pub fn new(
@@ -96,21 +106,30 @@ impl<M: Memory> Queue<M> {
         Self { ring, handler, memory, report, requests: Requests::new(depth, stopped) }
     }
 
-    /// Does what there is to do, up to a bounded amount, and never waits. `news`: translations may have arrived since
-    /// the last turn, so chains that wait for some are tried again.
+    /// Does what there is to do, up to a bounded amount, and never waits. Chains that wait for translations are tried
+    /// again as `look` says.
     ///
     /// # Errors
     /// [`Broken`] stops the queue for good; what is under way still completes by [`Queue::drain`].
-    pub fn turn(&mut self, news: bool) -> Result<Turn, Broken> {
+    pub fn turn(&mut self, look: Look) -> Result<Turn, Broken> {
+        let turn = self.visit(look);
+        // After the visit: handing on is a system call, and a file system may take its time for it.
+        self.handler.submit();
+        turn
+    }
+
+    #[inline]
+    fn visit(&mut self, look: Look) -> Result<Turn, Broken> {
         let Self { ring, memory, handler, report, requests } = self;
         let visit = memory.visit();
         let mut ring = ring.open(&visit);
         requests.ring_waits = false;
-        let mut turn = Turn { worked: requests.collect(&visit, &mut **handler), notify: false };
-
         let mut server = Server { visit: &visit, handler: &mut **handler, report: &mut **report };
-        if news || requests.retry_more {
-            turn.worked |= requests.retry(&mut server)?;
+        let mut turn = Turn { worked: requests.collect(&mut server), notify: false };
+
+        let look = look.max(requests.look);
+        if look > Look::Not {
+            turn.worked |= requests.retry(&mut server, look)?;
         }
         let mut bytes = 0;
         for _ in 0..TURN_REQUESTS {
@@ -130,8 +149,6 @@ impl<M: Memory> Queue<M> {
                 break;
             }
         }
-        server.handler.submit();
-
         turn.notify = requests.publish(&mut ring)?;
         Ok(turn)
     }
@@ -172,14 +189,38 @@ impl<M: Memory> Queue<M> {
         self.requests.under_way
     }
 
-    /// Brings requests under way closer to their end without taking new ones; `true` when none is left.
+    /// Brings requests under way closer to their end without taking new ones; `true` when none is left. Those that come
+    /// back and lack a translation wait, for a queue that goes on from here.
     pub fn drain(&mut self) -> bool {
-        let Self { memory, handler, requests, .. } = self;
+        let Self { memory, handler, report, requests, .. } = self;
         let visit = memory.visit();
-        handler.submit();
-        requests.collect(&visit, &mut **handler);
+        requests.collect(&mut Server { visit: &visit, handler: &mut **handler, report: &mut **report });
         drop(visit);
-        requests.under_way == 0
+        handler.submit();
+        requests.under_way == 0 && requests.back.is_empty()
+    }
+
+    /// Asks for everything that is under way to be given up.
+    pub fn cancel(&mut self) {
+        for (token, slot) in self.requests.slots.iter().enumerate() {
+            if slot.stage == Stage::UnderWay {
+                self.handler.cancel(token as Token);
+            }
+        }
+    }
+
+    /// Whether the device still has something, after [`Queue::cancel`]. What it lets go of is not looked at: the queue
+    /// that goes on from here starts it anew.
+    pub fn is_under_way(&mut self) -> bool {
+        let Requests { slots, back, under_way, .. } = &mut self.requests;
+        let known = back.len();
+        self.handler.submit();
+        self.handler.completed(back);
+        for back in &back[known..] {
+            slots[usize::from(back.token)].stage = Stage::Back { readable_from: 0, writable_from: 0 };
+            *under_way -= 1;
+        }
+        *under_way > 0
     }
 
     /// Becomes readable when a request under way is done.
@@ -196,16 +237,38 @@ impl<M: Memory> Queue<M> {
         self.requests.publish(&mut self.ring.open(&visit))
     }
 
-    /// Ends the queue, which has been drained. What is done and could not be told the driver is kept.
-    pub fn stop(self) -> Stopped {
-        assert_eq!(self.requests.under_way, 0, "a queue stops when it is drained");
-        let Requests { slots, waiting, finished, .. } = self.requests;
-        let mut slots = Vec::from(slots);
-        Stopped {
-            position: self.ring.position(),
-            waiting: waiting.iter().map(|&token| std::mem::take(&mut slots[usize::from(token)].chain)).collect(),
-            finished: finished.into(),
+    /// Tells whoever is told of faults that `broken` is one.
+    pub fn report(&mut self, broken: &Broken) {
+        if let Broken::Fault(fault) = broken {
+            self.report.fault(*fault);
         }
+    }
+
+    /// Ends the queue: it touches no memory any more. What is done and could not be told the driver is kept, and what
+    /// the device still has is given up, to be started anew by whoever goes on from here.
+    pub fn stop(self) -> (Stopped, Leftover) {
+        let Self { ring, mut handler, memory, requests, .. } = self;
+        drop(memory);
+        let Requests { slots, free, mut unpublished, finished, under_way, .. } = requests;
+        let mut is_free = vec![false; slots.len()];
+        free.iter().for_each(|&token| is_free[usize::from(token)] = true);
+        let mut waiting = Vec::new();
+        for (token, slot) in Vec::from(slots).into_iter().enumerate() {
+            if is_free[token] {
+                continue;
+            }
+            if let Stage::Back { .. } = slot.stage {
+                handler.forget(token as Token);
+            }
+            waiting.push(slot.chain);
+        }
+        if under_way > 0 {
+            handler.abandon();
+        }
+        // The driver does not see them yet, so they are pushed again, from where it sees the ring to be.
+        unpublished.extend(finished);
+        let position = ring.published();
+        (Stopped { position, waiting, finished: unpublished }, Leftover(handler))
     }
 }
 
@@ -221,42 +284,66 @@ fn wait_or_break(stop: RingStop, ring_waits: &mut bool) -> Result<(), Broken> {
     }
 }
 
+/// How a queue looks at the chains that wait for translations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Look {
+    /// Not at all.
+    #[default]
+    Not,
+    /// Quickly, after news: those whose last question seems to be answered are tried again.
+    Quick,
+    /// All of them are tried again, now and then: an answer may be taken away again before anybody has seen it.
+    Thorough,
+}
+
 /// Everything that was taken off the ring and is not back on it.
-struct Requests<L> {
-    slots: Box<[Slot<L>]>,
+struct Requests {
+    slots: Box<[Slot]>,
     free: Vec<Token>,
     /// Chains without all of their translations, in order of arrival.
     waiting: VecDeque<Token>,
+    /// Chains that came back from the device and were not looked at yet.
+    back: Vec<Back>,
     /// Chains that are done and not on the used ring yet.
     finished: VecDeque<(Head, u32)>,
-    unpublished: bool,
+    /// Chains on the used ring that the driver can't see yet: an index, or flags, could not be reached.
+    unpublished: Vec<(Head, u32)>,
     /// The last time something of the ring was wanted, its translation was missing.
     ring_waits: bool,
     /// Not all waiting chains were tried again that could have been.
-    retry_more: bool,
+    look: Look,
     under_way: usize,
-    /// Kept for its capacity.
-    done: Vec<Token>,
 }
 
 /// A chain on its way, by token.
-struct Slot<L> {
+struct Slot {
     chain: Chain,
     readable: Vec<DetachedSlice>,
     writable: Vec<DetachedSlice>,
+    stage: Stage,
     /// When its first missing translation was asked for.
     asked: Option<Ticket>,
     /// What it was last seen to lack.
     lacks: Option<Lack>,
-    /// Held while the device has the request.
-    lease: Option<L>,
+}
+
+/// How far a chain is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// The device has not seen it.
+    New,
+    /// The device has it, and none of its memory.
+    UnderWay,
+    /// The device has done what it could without its memory, and needs this much of it.
+    Back { readable_from: u32, writable_from: u32 },
 }
 
 /// What a chain waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lack {
-    /// A translation that was asked for: the last of several, because answers come in the order of questions.
-    Asked(BusAddr, Access),
+    /// A translation that was asked for: the last of several, because answers come in the order of questions. And
+    /// [`Visit::verdicts`] before.
+    Asked(BusAddr, Access, u64),
     /// One that there was no place to ask for.
     Unasked,
 }
@@ -268,13 +355,13 @@ struct Server<'t, V> {
     report: &'t mut dyn Report,
 }
 
-enum Served<L> {
+enum Served {
     Done(u32),
-    UnderWay(L),
+    UnderWay,
     Waiting,
 }
 
-impl<L> Requests<L> {
+impl Requests {
     fn new(depth: u16, stopped: Stopped) -> Self {
         let mut waiting = stopped.waiting.into_iter();
         let finished = stopped.finished.into();
@@ -284,58 +371,67 @@ impl<L> Requests<L> {
                 chain: waiting.next().unwrap_or_default(),
                 readable: Vec::new(),
                 writable: Vec::new(),
+                stage: Stage::New,
                 asked: None,
                 lacks: None,
-                lease: None,
             })
             .collect();
         Self {
             slots,
             free: (restored..depth).rev().collect(),
             waiting: (0..restored).collect(),
+            back: Vec::new(),
             finished,
-            unpublished: false,
+            unpublished: Vec::new(),
             ring_waits: false,
-            retry_more: false,
+            look: Look::Not,
             under_way: 0,
-            done: Vec::with_capacity(depth.into()),
         }
     }
 
-    /// Takes over what the device has completed; `true` if there was something.
-    fn collect<V: Visit<Lease = L>>(&mut self, visit: &V, handler: &mut dyn Handler) -> bool {
-        if self.under_way == 0 {
+    /// Takes over what the device has done; `true` if there was something.
+    fn collect<V: Visit>(&mut self, server: &mut Server<'_, V>) -> bool {
+        if self.under_way == 0 && self.back.is_empty() {
             return false;
         }
-        handler.completed(&mut self.done);
-        let some = !self.done.is_empty();
-        for token in self.done.drain(..) {
+        let known = self.back.len();
+        server.handler.completed(&mut self.back);
+        for &Back { token, readable_from, writable_from } in &self.back[known..] {
             let slot = &mut self.slots[usize::from(token)];
-            let lease = slot.lease.take().expect("the device completed a request that it had");
-            // SAFETY: `lease`, dropped below, covers every piece.
-            let written = handler.finish(token, &unsafe { slot.request() });
-            drop(lease);
-            slot.release(visit);
+            assert!(slot.stage == Stage::UnderWay, "the device gave back token {token}, which it did not have");
+            slot.stage = Stage::Back { readable_from, writable_from };
+            (slot.asked, slot.lacks) = (None, None);
             self.under_way -= 1;
-            self.finished.push_back((slot.chain.head(), written));
-            self.free.push(token);
         }
-        some
+        let (mut count, mut bytes) = (0, 0);
+        while bytes < TURN_BYTES
+            && let Some(&Back { token, .. }) = self.back.get(count)
+        {
+            count += 1;
+            let slot = &mut self.slots[usize::from(token)];
+            bytes += slot.len();
+            let served = slot.proceed(server, token);
+            if !self.settle(server.visit, token, served) {
+                self.free.push(token);
+            }
+        }
+        self.back.drain(..count);
+        count > 0
     }
 
     /// Tries the chains again that wait for translations, oldest first; `true` if one got further.
-    fn retry<V: Visit<Lease = L>>(&mut self, server: &mut Server<'_, V>) -> Result<bool, Broken> {
+    fn retry<V: Visit>(&mut self, server: &mut Server<'_, V>, look: Look) -> Result<bool, Broken> {
         let mut some = false;
         let mut at = 0;
         let mut bytes = 0;
-        self.retry_more = false;
+        self.look = Look::Not;
         while let Some(&token) = self.waiting.get(at) {
             if bytes >= TURN_BYTES {
-                self.retry_more = true;
+                self.look = self.look.max(look);
                 break;
             }
             let slot = &mut self.slots[usize::from(token)];
-            if slot.still_lacks(server.visit) {
+            if look < Look::Thorough && slot.still_lacks(server.visit) {
                 at += 1;
                 continue;
             }
@@ -357,9 +453,9 @@ impl<L> Requests<L> {
     }
 
     /// Serves the chain just popped into the slot of `token`, the last of the free ones.
-    fn admit<V: Visit<Lease = L>>(&mut self, server: &mut Server<'_, V>, token: Token) -> Result<(), Broken> {
+    fn admit<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token) -> Result<(), Broken> {
         let slot = &mut self.slots[usize::from(token)];
-        (slot.asked, slot.lacks) = (None, None);
+        (slot.stage, slot.asked, slot.lacks) = (Stage::New, None, None);
         let served = slot.serve(server, token)?;
         if self.settle(server.visit, token, served) {
             self.free.pop();
@@ -374,16 +470,15 @@ impl<L> Requests<L> {
                 wait_or_break(stop, &mut self.ring_waits)?;
                 break;
             }
-            self.finished.pop_front();
-            self.unpublished = true;
+            self.unpublished.extend(self.finished.pop_front());
         }
-        if !self.unpublished {
+        if self.unpublished.is_empty() {
             return Ok(false);
         }
         if let Err(stop) = ring.publish() {
             return wait_or_break(stop, &mut self.ring_waits).map(|()| false);
         }
-        self.unpublished = false;
+        self.unpublished.clear();
         match ring.needs_notification() {
             Ok(notify) => Ok(notify),
             // Whether the driver wants to be told can't be seen now. Once too often does no harm.
@@ -392,16 +487,20 @@ impl<L> Requests<L> {
     }
 
     /// Files a chain by what became of it; `true` if it goes on needing its slot.
-    fn settle<V: Visit<Lease = L>>(&mut self, visit: &V, token: Token, served: Served<L>) -> bool {
+    fn settle<V: Visit>(&mut self, visit: &V, token: Token, served: Served) -> bool {
         let slot = &mut self.slots[usize::from(token)];
         match served {
             Served::Done(written) => {
                 slot.release(visit);
+                if !visit.keeps() && !self.waiting.is_empty() {
+                    // What was forgotten just now may be what another was waiting for, and was there already.
+                    self.look = Look::Thorough;
+                }
                 self.finished.push_back((slot.chain.head(), written));
                 false
             }
-            Served::UnderWay(lease) => {
-                slot.lease = Some(lease);
+            Served::UnderWay => {
+                slot.stage = Stage::UnderWay;
                 self.under_way += 1;
                 true
             }
@@ -413,7 +512,7 @@ impl<L> Requests<L> {
     }
 }
 
-impl<L> Slot<L> {
+impl Slot {
     /// How many bytes the request moves.
     fn len(&self) -> u64 {
         u64::from(self.chain.readable_len()) + u64::from(self.chain.writable_len())
@@ -422,46 +521,67 @@ impl<L> Slot<L> {
     /// Whether what it was last seen to lack is still under way: a quick look before a whole new try.
     fn still_lacks<V: Visit>(&self, visit: &V) -> bool {
         match self.lacks {
-            Some(Lack::Asked(addr, access)) => {
-                matches!(visit.resolve(addr, 1, access, self.asked), Err(Stop::Miss(_)))
-            }
+            Some(Lack::Asked(addr, access, verdicts)) => !visit.may_have_changed(addr, access, verdicts),
             Some(Lack::Unasked) | None => false,
         }
     }
 
-    fn serve<V: Visit<Lease = L>>(&mut self, server: &mut Server<'_, V>, token: Token) -> Result<Served<L>, Broken> {
-        match self.chain.expand(server.visit, self.asked) {
-            Ok(()) => {}
-            Err(RingStop::Wait(miss)) => return Ok(self.wait(miss)),
-            Err(RingStop::Broken(error)) => return Err(Broken::Ring(error)),
-            // The table that tells where the request's bytes are is itself out of reach: nobody can be told.
-            Err(RingStop::Fault(fault)) => {
-                server.report.fault(fault);
-                return Ok(Served::Done(0));
+    #[inline]
+    fn serve<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token) -> Result<Served, Broken> {
+        if self.stage == Stage::New {
+            match self.chain.expand(server.visit, self.asked) {
+                Ok(()) => {}
+                Err(RingStop::Wait(miss)) => return Ok(self.wait(miss)),
+                Err(RingStop::Broken(error)) => return Err(Broken::Ring(error)),
+                // The table that tells where the request's bytes are is itself out of reach: nobody can be told.
+                Err(RingStop::Fault(fault)) => {
+                    server.report.fault(fault);
+                    return Ok(Served::Done(0));
+                }
             }
         }
-        match self.translate(server.visit) {
-            Ok(()) => {}
-            Err(Stop::Miss(miss)) => return Ok(self.wait(miss)),
-            Err(Stop::Fault(fault)) => return Ok(self.fail(server, fault)),
-        }
-        // SAFETY: every piece was resolved in the visit that is still open.
-        let request = unsafe { self.request() };
-        Ok(match server.handler.start(token, &request) {
-            Outcome::Done(written) => Served::Done(written),
-            // Taken while the visit is open, so there is no moment at which the pieces are unprotected.
-            Outcome::Pending => Served::UnderWay(self.lease(server.visit)),
-        })
+        Ok(self.proceed(server, token))
     }
 
-    fn wait(&mut self, miss: Miss) -> Served<L> {
+    /// Takes a chain whose descriptors are all known to the device, or brings it back there.
+    #[inline]
+    fn proceed<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token) -> Served {
+        let (readable_from, writable_from) = match self.stage {
+            Stage::New => (0, 0),
+            Stage::Back { readable_from, writable_from } => (readable_from, writable_from),
+            Stage::UnderWay => unreachable!("the device has token {token}"),
+        };
+        match self.translate(server.visit, readable_from, writable_from) {
+            Ok(()) => {}
+            Err(Stop::Miss(miss)) => return self.wait(miss),
+            Err(Stop::Fault(fault)) => return self.fail(server, token, fault),
+        }
+        // SAFETY: every piece was resolved in the visit that is still open.
+        let request = unsafe {
+            Request {
+                readable: Pieces::new(&self.readable, readable_from, self.chain.readable_len()),
+                writable: Pieces::new(&self.writable, writable_from, self.chain.writable_len()),
+            }
+        };
+        let outcome = match self.stage {
+            Stage::New => server.handler.start(token, &request),
+            _ => server.handler.go_on(token, &request),
+        };
+        match outcome {
+            Outcome::Done(written) => Served::Done(written),
+            Outcome::Pending => Served::UnderWay,
+        }
+    }
+
+    fn wait(&mut self, miss: Miss) -> Served {
         self.asked.get_or_insert(miss.ticket);
         Served::Waiting
     }
 
-    /// Resolves every byte of the chain. Goes on behind a miss, so that all misses are asked for at once, and ends at
-    /// the first fault only when nothing is missing: before that it is not known whether the status byte can be reached.
-    fn translate<V: Visit>(&mut self, visit: &V) -> Result<(), Stop> {
+    /// Resolves every byte of the chain from there on. Goes on behind a miss, so that all misses are asked for at once,
+    /// and ends at the first fault only when nothing is missing: before that it is not known whether the status byte can
+    /// be reached.
+    fn translate<V: Visit>(&mut self, visit: &V, readable_from: u32, writable_from: u32) -> Result<(), Stop> {
         for pieces in [&mut self.readable, &mut self.writable] {
             pieces.clear();
             // A chain may be of a million pieces; room for that is not kept in every slot.
@@ -470,12 +590,17 @@ impl<L> Slot<L> {
         let (mut missed, mut faulted) = (None, None);
         let mut misses = 0;
         self.lacks = None;
+        // Before the first look, so that what is settled after it is noticed.
+        let verdicts = visit.verdicts();
+        let (mut skip_readable, mut skip_writable) = (u64::from(readable_from), u64::from(writable_from));
         for descriptor in self.chain.descriptors() {
-            let pieces = match descriptor.access {
-                Access::Read => &mut self.readable,
-                Access::Write => &mut self.writable,
+            let (pieces, skip) = match descriptor.access {
+                Access::Read => (&mut self.readable, &mut skip_readable),
+                Access::Write => (&mut self.writable, &mut skip_writable),
             };
-            let (mut offset, len) = (0, u64::from(descriptor.len));
+            let len = u64::from(descriptor.len);
+            let mut offset = len.min(*skip);
+            *skip -= offset;
             while offset < len {
                 let Some(at) = descriptor.addr.checked_add(offset) else {
                     let reason = FaultReason::Wraps;
@@ -494,7 +619,7 @@ impl<L> Slot<L> {
                             self.lacks = Some(Lack::Unasked);
                             return Err(Stop::Miss(first));
                         }
-                        self.lacks = Some(Lack::Asked(at, descriptor.access));
+                        self.lacks = Some(Lack::Asked(at, descriptor.access, verdicts));
                         if misses == MISSES_AT_ONCE {
                             return Err(Stop::Miss(first));
                         }
@@ -515,7 +640,7 @@ impl<L> Slot<L> {
     }
 
     /// Lets the device say that the request failed, where it says such things.
-    fn fail<V: Visit>(&mut self, server: &mut Server<'_, V>, fault: Fault) -> Served<L> {
+    fn fail<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token, fault: Fault) -> Served {
         let (chain, asked) = (&self.chain, self.asked);
         let missed = Cell::new(None);
         let write = |offset: u32, from: &[u8]| match write_at(server.visit, chain, offset, from, asked) {
@@ -532,22 +657,11 @@ impl<L> Slot<L> {
             // What `translate` resolved a moment ago was taken away since.
             return self.wait(miss);
         }
+        if let Stage::Back { .. } = self.stage {
+            server.handler.forget(token);
+        }
         server.report.fault(fault);
         Served::Done(written)
-    }
-
-    fn lease<V: Visit<Lease = L>>(&self, visit: &V) -> L {
-        // On the stack for all but the longest chains; a lease may be wider than needed, never narrower.
-        let mut ranges = [(BusAddr(0), 0); 32];
-        let descriptors = self.chain.descriptors();
-        if descriptors.len() <= ranges.len() {
-            for (range, descriptor) in ranges.iter_mut().zip(descriptors) {
-                *range = (descriptor.addr, descriptor.len);
-            }
-            visit.lease(&ranges[..descriptors.len()])
-        } else {
-            visit.lease(&descriptors.iter().map(|descriptor| (descriptor.addr, descriptor.len)).collect::<Vec<_>>())
-        }
     }
 
     /// The request is over: whoever keeps translations for requests alone has no more use for its.
@@ -556,18 +670,6 @@ impl<L> Slot<L> {
         if !visit.keeps() {
             let ranges = self.chain.descriptors().iter().map(|descriptor| (descriptor.addr, descriptor.len));
             visit.release(&ranges.chain(self.chain.table()).collect::<Vec<_>>());
-        }
-    }
-
-    /// # Safety
-    /// The pieces are good for all of `'l`: the visit that resolved them is open, or they are leased.
-    unsafe fn request<'l>(&'l self) -> Request<'l> {
-        // SAFETY: by this function's contract, for both.
-        unsafe {
-            Request {
-                readable: Pieces::new(&self.readable, self.chain.readable_len()),
-                writable: Pieces::new(&self.writable, self.chain.writable_len()),
-            }
         }
     }
 }

@@ -19,7 +19,8 @@ pub struct Iotlb {
     writer: Mutex<Books>,
     capacity: usize,
     asking: Option<Asking>,
-    counts: Counts,
+    /// Questions asked.
+    misses: AtomicU64,
 }
 
 /// What a lookup of an address that nothing is mapped at comes to.
@@ -135,20 +136,12 @@ pub struct Statistics {
     pub remaps: u64,
     /// Ranges invalidated.
     pub invalidations: u64,
-    /// Accesses that were not let through.
-    pub faults: u64,
     /// Mappings removed to make room.
     pub evictions: u64,
     /// Mappings there are.
     pub mappings: u64,
     /// About how many bytes the table takes.
     pub bytes: u64,
-}
-
-#[derive(Default)]
-struct Counts {
-    misses: AtomicU64,
-    faults: AtomicU64,
 }
 
 struct Books {
@@ -174,6 +167,8 @@ pub(crate) struct Asking {
     /// Whether an update can matter to the questions: nothing is open and nothing refused else. Changed under their
     /// lock, and looked at without it.
     pub(crate) busy: AtomicBool,
+    /// As [`Questions::verdicts`], for looking without their lock.
+    pub(crate) verdicts: AtomicU64,
     pub(crate) questions: Mutex<Questions>,
     /// Held while questions are put into the order of their replies and passed on in that order. Holds the list.
     order: Mutex<Vec<Question>>,
@@ -202,11 +197,12 @@ impl Iotlb {
                 Unmapped::Ask(ask) => Some(Asking {
                     ask,
                     busy: AtomicBool::new(false),
+                    verdicts: AtomicU64::new(0),
                     questions: Mutex::new(Questions::new(options.replies)),
                     order: Mutex::new(Vec::new()),
                 }),
             },
-            counts: Counts::default(),
+            misses: AtomicU64::new(0),
         })
     }
 
@@ -251,6 +247,7 @@ impl Iotlb {
                 let mut questions = lock(&asking.questions);
                 let news = questions.updated(first.0, last.0, permission);
                 asking.busy.store(!questions.is_idle(), Relaxed);
+                asking.verdicts.store(questions.verdicts(), Relaxed);
                 drop(questions);
                 self.tell(books, news);
             }
@@ -318,12 +315,15 @@ impl Iotlb {
     pub fn answered(&self, granted: bool) -> Result<(), Unasked> {
         let asking = self.asking.as_ref().ok_or(Unasked)?;
         let mut books = lock(&self.writer);
-        let news = lock(&asking.questions).answered(
+        let mut questions = lock(&asking.questions);
+        let news = questions.answered(
             granted,
             // SAFETY: the writer's lock is held.
             |at| unsafe { self.table.lookup(at) }.map(|found| found.permission),
             Instant::now,
         );
+        asking.verdicts.store(questions.verdicts(), Relaxed);
+        drop(questions);
         books.seen.denials += u64::from(!granted && news.is_some());
         self.tell(books, news.ok_or(Unasked)?);
         Ok(())
@@ -340,8 +340,7 @@ impl Iotlb {
     pub fn statistics(&self) -> Statistics {
         let books = lock(&self.writer);
         Statistics {
-            misses: self.counts.misses.load(Relaxed),
-            faults: self.counts.faults.load(Relaxed),
+            misses: self.misses.load(Relaxed),
             mappings: books.table.mappings() as u64,
             bytes: books.table.bytes() as u64,
             ..books.seen
@@ -423,6 +422,9 @@ impl Iotlb {
         if news == News::Some {
             let seats = Arc::clone(&books.seats);
             drop(books);
+            // Orders the mapping's store and that of the verdicts before the looks at who waits; in pair with the fence in
+            // `View::may_have_changed`.
+            fence(SeqCst);
             seats.iter().for_each(|seat| seat.tell());
         }
     }
@@ -431,6 +433,10 @@ impl Iotlb {
 
     pub(crate) fn forget_deserted(&self) {
         self.reseat(None);
+    }
+
+    pub(crate) fn verdicts(&self) -> u64 {
+        self.asking.as_ref().map_or(0, |asking| asking.verdicts.load(Relaxed))
     }
 
     pub(crate) fn table(&self) -> &Table {
@@ -445,10 +451,6 @@ impl Iotlb {
         self.asking.as_ref()
     }
 
-    pub(crate) fn count_fault(&self) {
-        self.counts.faults.fetch_add(1, Relaxed);
-    }
-
     /// Passes on what a visit wrote down.
     pub(crate) fn ask(&self, written: impl Iterator<Item = crate::questions::Handle>) {
         let Some(asking) = &self.asking else { return };
@@ -456,7 +458,7 @@ impl Iotlb {
         list.clear();
         lock(&asking.questions).ask(written, &mut list);
         if !list.is_empty() {
-            self.counts.misses.fetch_add(list.len() as u64, Relaxed);
+            self.misses.fetch_add(list.len() as u64, Relaxed);
             asking.ask.ask(&list);
         }
     }

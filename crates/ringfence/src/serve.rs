@@ -8,6 +8,8 @@ use ringfence_device::blk::{self, Blk};
 use ringfence_device::storage::{self, Format};
 use ringfence_policy::IommuMode;
 use ringfence_vhost_user::server::{Keep, Options, Server};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::fmt::Debug;
 use std::io;
@@ -78,6 +80,14 @@ struct Common {
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
     poll: u64,
 
+    /// How many seconds storage that does not answer may keep the VMM waiting
+    ///
+    /// A VMM waits for a queue to stop when its guest is paused or resets the device, and the queue for the I/O that is
+    /// under way. After this time that is cancelled, and what can't be is left to itself: it has none of the guest's
+    /// memory. When the queue goes on, its requests start anew. An invalidation never waits for storage.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = seconds)]
+    io_timeout: f64,
+
     /// How much to log to standard error: off, error, warn, info, debug, trace
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log: LevelFilter,
@@ -99,6 +109,12 @@ where
     PossibleValuesParser::new(names).map(|name| name.parse().expect("one of the names"))
 }
 
+/// Up to a day.
+fn seconds(text: &str) -> Result<f64, String> {
+    let seconds: Result<f64, _> = text.parse();
+    seconds.ok().filter(|seconds| (0.0..=86400.0).contains(seconds)).ok_or("expected 0 to 86400".to_owned())
+}
+
 impl Common {
     /// First of all, while the only descriptors are those that were inherited.
     fn server(&self) -> anyhow::Result<Server> {
@@ -116,10 +132,30 @@ impl Common {
             keep: self.iotlb,
             queue_size: self.queue_size,
             poll: Duration::from_micros(self.poll),
+            io_timeout: Duration::from_secs_f64(self.io_timeout),
         };
+        end_in_any_case(end.try_clone()?, self.socket)?;
         server.run(device, options, end.as_fd())?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// How long a process that was told to end may take: longer than all that is waited for in good order.
+const END: Duration = Duration::from_secs(5);
+
+/// Ends the process some seconds after it was told to, whatever its other threads are stuck in.
+fn end_in_any_case(end: UnixStream, socket: Option<PathBuf>) -> io::Result<()> {
+    let watch = move || {
+        let mut told = [PollFd::new(&end, PollFlags::IN)];
+        while poll(&mut told, None) == Err(Errno::INTR) {}
+        std::thread::sleep(END);
+        tracing::error!("did not end in {END:?}, so what is left is left behind");
+        if let Some(socket) = socket {
+            let _ = std::fs::remove_file(socket);
+        }
+        std::process::exit(0);
+    };
+    std::thread::Builder::new().name("end".to_owned()).spawn(watch).map(drop)
 }
 
 /// Becomes readable when the process is told to end.

@@ -438,9 +438,24 @@ impl Frontend {
     /// # Errors
     /// The back-end did not promise it: assume that it goes on.
     pub fn invalidate(&self, range: Invalidated) -> Result<(), ClientError> {
+        self.invalidate_then(range, || {})
+    }
+
+    /// As [`Frontend::invalidate`], for translations that change rather than go: `change` is called when the back-end has
+    /// promised, and before another miss is answered, so that none is answered with what was, or denied. Until then the
+    /// translator knows what was.
+    ///
+    /// # Errors
+    /// As [`Frontend::invalidate`]; `change` was not called.
+    pub fn invalidate_then(&self, range: Invalidated, change: impl FnOnce()) -> Result<(), ClientError> {
         self.shared.require(ProtocolFeatures::REPLY_ACK, "REPLY_ACK")?;
         self.shared.counts.invalidated();
-        self.shared.command(&Ask::IotlbMsg(Iotlb::Invalidate(range)))
+        let request = Ask::IotlbMsg(Iotlb::Invalidate(range));
+        let mut wire = self.shared.wire();
+        wire.send(request.code(), &request.encode(NeedReply::Yes))?;
+        wire.acknowledged(request.code())?;
+        change();
+        Ok(())
     }
 
     /// Gives a translation unasked.

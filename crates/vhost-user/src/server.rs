@@ -207,12 +207,13 @@ enum Ended {
 
 /// Serves one front-end, and tells the log in one line what it came to.
 fn connection(stream: UnixStream, device: &Arc<dyn Device>, options: Options, end: BorrowedFd<'_>) -> Ended {
-    let mut connection = Connection {
-        session: Session::new(Arc::clone(device), options),
-        frontend: Channel::new(stream.into()),
-        backend: None,
-        complaints: Limit::new(),
-    };
+    let mut session = Session::new(Arc::clone(device), options);
+    match end.try_clone_to_owned() {
+        Ok(end) => session.hurry_on(end),
+        Err(error) => tracing::warn!("storage that does not answer will delay the end of this process: {error}"),
+    }
+    let mut connection =
+        Connection { session, frontend: Channel::new(stream.into()), backend: None, complaints: Limit::new() };
     // A bug of ours ends the connection it was met on, and the next front-end is served.
     let ended = std::panic::catch_unwind(AssertUnwindSafe(|| connection.run(end))).unwrap_or(Err(Lost::Panicked));
     let counted = connection.session.counted();

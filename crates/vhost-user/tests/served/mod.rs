@@ -49,7 +49,13 @@ impl Served {
         let storage = storage::open("memory:8M", storage::Format::Raw, false).unwrap();
         let disk = blk::Options { queues: 1, queue_size: 256, serial: "test".to_owned() };
         let device = Arc::new(Disk::new(storage, disk));
-        let options = server::Options { iommu, keep, queue_size: 256, poll: Duration::from_micros(20) };
+        let options = server::Options {
+            iommu,
+            keep,
+            queue_size: 256,
+            poll: Duration::from_micros(20),
+            io_timeout: Duration::from_secs(10),
+        };
         let (end, ended) = UnixStream::pair().unwrap();
         let thread = std::thread::spawn(move || server.run(device, options, ended.as_fd()).unwrap());
         Self { socket, end, thread: Some(thread), _folder: folder }

@@ -151,7 +151,7 @@ impl Work {
     /// Takes in what the call returned: a count, or an error's number made negative.
     ///
     /// # Safety
-    /// The pieces are good, as [`StorageQueue::start`](super::StorageQueue::start) has it.
+    /// The pieces are good, until this returns.
     #[inline]
     pub(super) unsafe fn returned(&mut self, image: &Image, result: i32) -> Next {
         match result {
@@ -250,6 +250,12 @@ impl Work {
             }
             _ => error(),
         }
+    }
+
+    /// How many bytes are not done.
+    #[inline]
+    pub(super) fn left(&self) -> u64 {
+        self.left
     }
 
     /// Whether the last call came back with nothing done, so that the next should be allowed to wait.
