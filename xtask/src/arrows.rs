@@ -17,7 +17,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("device", &["dma", "ring"]),
     ("driver", &["dma", "ring", "policy"]),
     ("vhost-user", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver"]),
-    ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver"]),
+    ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver", "guests"]),
     ("guests", &[]),
     ("bare-metal", &[]),
     ("ringfence", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver", "vhost-user", "matrix"]),

@@ -19,7 +19,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ringfence_guests::QemuSource;
 
 use crate::guests::GuestArgs;
 use crate::steps::{Run, Steps};
@@ -44,7 +43,7 @@ enum Task {
         #[command(flatten)]
         guests: GuestArgs,
     },
-    /// Real Debian kernels in QEMU with their disk on `ringfence serve blk`.
+    /// Real Debian kernels in QEMU: `ringfence matrix --real`, by default for every platform with `ringfence serve blk`.
     Guests {
         /// Only name the cells.
         #[arg(long)]
@@ -102,12 +101,12 @@ fn perform(task: Task) -> Result<bool, String> {
     let workspace = &Workspace::here();
     Ok(match task {
         Task::Test { keep_going, guests } => {
-            // A word that fits no cell is worth knowing before ten minutes have passed.
+            // A selection of nothing is worth knowing before ten minutes have passed.
             guests.cells()?;
             run(workspace, keep_going, |steps| test(workspace, steps, &guests))
         }
         Task::Guests { list: true, guests } => {
-            guests.cells()?.iter().for_each(|cell| println!("{}", cell.name()));
+            guests.cells()?.iter().for_each(|cell| println!("{cell}"));
             true
         }
         Task::Guests { list: false, guests } => {
@@ -125,7 +124,7 @@ fn perform(task: Task) -> Result<bool, String> {
         Task::NoStd => run(workspace, false, |steps| steps.step("no_std builds", |log| no_std::run(workspace, log))),
         Task::OldDriver => run(workspace, false, |steps| {
             steps.step("the old driver", |log| old_driver::build(workspace, log))?;
-            steps.step("the old driver boots", |log| old_driver::boot(workspace, QemuSource::Auto, true, log))
+            boots(workspace, steps, &GuestArgs::old_driver())
         }),
         Task::Report { picture: None } => {
             run(workspace, false, |steps| steps.step("the report in a browser", |log| report::run(workspace, log)))
@@ -164,7 +163,6 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     )?;
     steps.cargo("demo", &["run", "--release", "-p", "ringfence", "--", "demo"], &[])?;
     steps.cargo("matrix", &["run", "--release", "-p", "ringfence", "--", "matrix"], &[])?;
-    steps.step("the old driver boots", |log| old_driver::boot(workspace, guests.qemu(), guests.no_skip(), log))?;
     steps.step("the report in a browser", |log| report::run(workspace, log))?;
     boots(workspace, steps, guests)
 }
