@@ -127,12 +127,17 @@ impl<M: Memory> Queue<M> {
         let mut server = Server { visit: &visit, handler: &mut **handler, report: &mut **report };
         let mut turn = Turn { worked: requests.collect(&mut server), notify: false };
 
-        let look = look.max(requests.look);
+        // Room may have come about; whoever lacks it is tried before anything new is taken.
+        let room = if std::mem::take(&mut requests.full) { Look::Quick } else { Look::Not };
+        let look = look.max(requests.look).max(room);
         if look > Look::Not {
             turn.worked |= requests.retry(&mut server, look)?;
         }
         let mut bytes = 0;
         for _ in 0..TURN_REQUESTS {
+            if requests.full {
+                break;
+            }
             let Some(&token) = requests.free.last() else { break };
             match ring.pop(&mut requests.slots[usize::from(token)].chain) {
                 Ok(true) => {}
@@ -153,15 +158,17 @@ impl<M: Memory> Queue<M> {
         Ok(turn)
     }
 
-    /// Asks the driver to say when it makes something available. `true`: it already has, so there is another turn to
-    /// take before sleeping.
+    /// Asks the driver to say when it makes something available, and the device when it completes something. `true`: one
+    /// already has, so there is another turn to take before sleeping.
     ///
     /// # Errors
     /// As [`Queue::turn`].
     pub fn listen(&mut self) -> Result<bool, Broken> {
+        let completed = self.requests.under_way > 0 && self.handler.listen();
         let visit = self.memory.visit();
         let waits = &mut self.requests.ring_waits;
-        self.ring.open(&visit).enable_notifications().or_else(|stop| wait_or_break(stop, waits).map(|()| false))
+        let available = self.ring.open(&visit).enable_notifications();
+        available.or_else(|stop| wait_or_break(stop, waits).map(|()| false)).map(|available| available || completed)
     }
 
     /// Tells the driver that it need not say so.
@@ -312,6 +319,8 @@ struct Requests {
     ring_waits: bool,
     /// Not all waiting chains were tried again that could have been.
     look: Look,
+    /// The device has no room for the oldest chain that is ready: none that came later is offered to it.
+    full: bool,
     under_way: usize,
 }
 
@@ -346,6 +355,8 @@ enum Lack {
     Asked(BusAddr, Access, u64),
     /// One that there was no place to ask for.
     Unasked,
+    /// Room in the device.
+    Room,
 }
 
 /// Those a chain meets on its way to the device.
@@ -359,6 +370,7 @@ enum Served {
     Done(u32),
     UnderWay,
     Waiting,
+    NoRoom,
 }
 
 impl Requests {
@@ -385,6 +397,7 @@ impl Requests {
             unpublished: Vec::new(),
             ring_waits: false,
             look: Look::Not,
+            full: false,
             under_way: 0,
         }
     }
@@ -431,7 +444,8 @@ impl Requests {
                 break;
             }
             let slot = &mut self.slots[usize::from(token)];
-            if look < Look::Thorough && slot.still_lacks(server.visit) {
+            let barred = self.full && slot.stage == Stage::New;
+            if barred || look < Look::Thorough && slot.still_lacks(server.visit) {
                 at += 1;
                 continue;
             }
@@ -440,6 +454,10 @@ impl Requests {
                 // No more can be asked for now, by the younger ones either.
                 Served::Waiting if slot.lacks == Some(Lack::Unasked) => break,
                 Served::Waiting => at += 1,
+                Served::NoRoom => {
+                    self.full = true;
+                    at += 1;
+                }
                 served => {
                     some = true;
                     self.waiting.remove(at);
@@ -504,7 +522,8 @@ impl Requests {
                 self.under_way += 1;
                 true
             }
-            Served::Waiting => {
+            Served::Waiting | Served::NoRoom => {
+                self.full |= matches!(served, Served::NoRoom);
                 self.waiting.push_back(token);
                 true
             }
@@ -522,7 +541,7 @@ impl Slot {
     fn still_lacks<V: Visit>(&self, visit: &V) -> bool {
         match self.lacks {
             Some(Lack::Asked(addr, access, verdicts)) => !visit.may_have_changed(addr, access, verdicts),
-            Some(Lack::Unasked) | None => false,
+            Some(Lack::Unasked | Lack::Room) | None => false,
         }
     }
 
@@ -561,6 +580,7 @@ impl Slot {
             Request {
                 readable: Pieces::new(&self.readable, readable_from, self.chain.readable_len()),
                 writable: Pieces::new(&self.writable, writable_from, self.chain.writable_len()),
+                buffers: self.chain.descriptors(),
             }
         };
         let outcome = match self.stage {
@@ -570,6 +590,11 @@ impl Slot {
         match outcome {
             Outcome::Done(written) => Served::Done(written),
             Outcome::Pending => Served::UnderWay,
+            Outcome::NoRoom => {
+                assert!(self.stage == Stage::New, "the device has token {token}, and no room for it");
+                self.lacks = Some(Lack::Room);
+                Served::NoRoom
+            }
         }
     }
 
