@@ -86,7 +86,7 @@ pub(crate) enum Driver {
 pub(crate) struct Frontend {
     pub(crate) client: Arc<client::Frontend>,
     pub(crate) domain: Arc<Domain>,
-    memory: SharedMemory,
+    pub(crate) memory: SharedMemory,
 }
 
 pub(crate) type Driven<'a, M> = Blk<'a, FrontendTransport, M>;
