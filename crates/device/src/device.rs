@@ -94,6 +94,12 @@ pub struct Back {
 ///
 /// A handler has a request's memory during a call and never between: whoever takes memory away waits for no device.
 pub trait Handler: Send {
+    /// Whether requests start in the driver's order and end in that of [`Handler::completed`], whatever has to be waited for
+    /// until memory is in reach: as streams of packets or bytes need it, and packets that fill several buffers.
+    fn is_in_order(&self) -> bool {
+        false
+    }
+
     /// Starts a request whose every byte can be reached. Must not wait for anything.
     fn start(&mut self, token: Token, request: &Request<'_>) -> Outcome;
 
@@ -114,6 +120,10 @@ pub trait Handler: Send {
 
     /// A request that came back and will not go on.
     fn forget(&mut self, _token: Token) {}
+
+    /// The queue stops, and takes nothing new: appends the pending requests that have not begun and may never, such as the
+    /// receive buffers of a network card. They start anew when the queue goes on.
+    fn recall(&mut self, _unbegun: &mut Vec<Token>) {}
 
     /// Asks for a pending request to be given up. It comes back all the same, sooner if that works.
     fn cancel(&mut self, _token: Token) {}

@@ -1,7 +1,7 @@
 //! One queue: its driver's requests on a ring of ours, their bytes in the bounce pool.
 
 use crate::arena::{Arena, Which};
-use crate::device::Shared;
+use crate::device::{Shared, tell_hang_up};
 use crate::kind::Kind;
 use crate::link::Incarnation;
 use crate::pool::{Extent, PAGE};
@@ -38,6 +38,8 @@ pub(crate) struct Bounce {
     added: bool,
     /// The back-end broke this ring.
     broken: bool,
+    /// The back-end has stopped this ring.
+    at_rest: bool,
     /// By token.
     requests: Box<[Sent]>,
     /// By what the ring calls them.
@@ -198,6 +200,7 @@ impl Bounce {
             listening: false,
             added: false,
             broken: false,
+            at_rest: false,
             requests: (0..depth).map(|_| sent()).collect(),
             by_ring: vec![0; usize::from(seat.size)].into(),
             order: VecDeque::with_capacity(depth.into()),
@@ -371,7 +374,8 @@ impl Bounce {
         if let Err(error) = epoll::add(&self.events, &next.call, epoll::EventData::new_u64(1), flags) {
             tracing::error!(queue = self.seat.index, "the back-end's calls go unheard: {error}");
         }
-        (self.at, self.listening, self.added, self.broken) = (Some(next), false, false, false);
+        self.at = Some(next);
+        (self.listening, self.added, self.broken, self.at_rest) = (false, false, false, false);
         if !self.again.is_empty() {
             tracing::info!(queue = self.seat.index, "{} unfinished requests are sent again", self.again.len());
         }
@@ -445,6 +449,10 @@ impl Bounce {
 }
 
 impl Handler for Bounce {
+    fn is_in_order(&self) -> bool {
+        self.kind.is_in_order()
+    }
+
     fn start(&mut self, token: Token, request: &Request<'_>) -> Outcome {
         if self.shared.is_stopped() {
             return match self.kind {
@@ -538,6 +546,31 @@ impl Handler for Bounce {
         }
     }
 
+    fn recall(&mut self, unbegun: &mut Vec<Token>) {
+        let standing = |sent: &Sent| sent.which == Which::Standing && sent.state == State::Sent;
+        let Some(at) = &self.at else { return };
+        if !self.requests.iter().any(standing) {
+            return;
+        }
+        match at.link.stop(self.seat.index) {
+            Ok(()) => self.at_rest = true,
+            Err(error) => tell_hang_up(&at.link, &error),
+        }
+        // What came until then came; after that nothing does.
+        self.collect();
+        for token in 0..self.requests.len() as Token {
+            let sent = &mut self.requests[usize::from(token)];
+            if standing(sent) {
+                if !self.at_rest {
+                    // Its arena ends with its connection.
+                    (sent.extent, sent.home) = (None, None);
+                }
+                self.release(token);
+                unbegun.push(token);
+            }
+        }
+    }
+
     fn cancel(&mut self, token: Token) {
         let sent = &mut self.requests[usize::from(token)];
         if sent.state == State::Sent {
@@ -603,6 +636,7 @@ impl Drop for Bounce {
                 self.shared.wake(link.arena.pool(which, self.seat.index).leave(self.seat.index));
             }
         }
-        self.shared.leave(&self.seat, current, self.unended());
+        let left = if self.at_rest && self.unended() == 0 { None } else { current };
+        self.shared.leave(&self.seat, left, self.unended());
     }
 }

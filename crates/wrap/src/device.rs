@@ -250,12 +250,17 @@ fn refused_or_gone(link: &Link, result: Result<(), LinkError>) -> io::Result<()>
     match result {
         Ok(()) => Ok(()),
         Err(error @ LinkError::Client { error: ClientError::Channel { .. } | ClientError::Broken, .. }) => {
-            if link.hang_up() {
-                tracing::warn!("hung up on the back-end: {error}");
-            }
+            tell_hang_up(link, &error);
             Ok(())
         }
         Err(error) => Err(io::Error::other(error)),
+    }
+}
+
+/// Ends a connection that is of no use any more.
+pub(crate) fn tell_hang_up(link: &Link, error: &LinkError) {
+    if link.hang_up() {
+        tracing::warn!("hung up on the back-end: {error}");
     }
 }
 
@@ -315,10 +320,8 @@ impl Shared {
                      when the queue goes on"
                 );
             }
-        } else if let Err(error) = link.stop(seat.index)
-            && link.hang_up()
-        {
-            tracing::warn!("hung up on the back-end: {error}");
+        } else if let Err(error) = link.stop(seat.index) {
+            tell_hang_up(link, &error);
         }
     }
 

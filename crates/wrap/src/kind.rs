@@ -103,6 +103,11 @@ impl Kind {
         matches!(self, Kind::Net | Kind::Generic)
     }
 
+    /// Whether one request follows from another: packets that fill several buffers, streams of bytes.
+    pub(crate) fn is_in_order(self) -> bool {
+        matches!(self, Kind::Net | Kind::Generic)
+    }
+
     /// Where the configuration space says how many queues there are, if it does.
     pub(crate) fn queue_count_field(self) -> Option<usize> {
         match self {
