@@ -139,7 +139,16 @@ mod tests {
         assert_eq!(part.iter().map(|piece| piece.len()).collect::<Vec<_>>(), [2, 1, 1]);
         assert!(!all.extract(5, 4, &mut part), "runs past the end");
         assert!(!all.write(8, b"x"));
+        assert!(all.read(8, &mut []));
 
+        // SAFETY: as above.
+        let rest = unsafe { Pieces::new(&pieces[1..], 3, 8) };
+        let mut back = [0; 4];
+        assert!(rest.read(3, &mut back));
+        assert_eq!(&back, b"defg");
+        assert!(!rest.read(2, &mut back), "out of reach");
+
+        let mut back = [0; 5];
         let other = ram.slice(1000, 5);
         assert!(all.copy_to(2, other));
         other.read(0, &mut back);
@@ -149,13 +158,5 @@ mod tests {
         assert!(all.read(3, &mut back));
         assert_eq!(&back, b"CDEFG");
         assert!(!all.copy_from(4, other) && !all.copy_to(4, other), "runs past the end");
-        assert!(all.read(8, &mut []));
-
-        // SAFETY: as above.
-        let rest = unsafe { Pieces::new(&pieces[1..], 3, 8) };
-        let mut back = [0; 4];
-        assert!(rest.read(3, &mut back));
-        assert_eq!(&back, b"defg");
-        assert!(!rest.read(2, &mut back), "out of reach");
     }
 }

@@ -56,7 +56,7 @@ pub(crate) struct Common {
     /// translated. require: whoever does not take the flag is refused. QEMU strips the flag where the machine has no
     /// IOMMU, so `require` also refuses such machines.
     #[arg(long, value_name = "MODE", default_value_t, value_parser = named::<IommuMode>(&["off", "offer", "require"]))]
-    iommu: IommuMode,
+    pub(crate) iommu: IommuMode,
 
     /// How long to keep translations
     ///
@@ -133,6 +133,15 @@ impl Common {
         };
         end_in_any_case(end.try_clone()?, self.socket)?;
         server.run_each(name, open, options, end.as_fd())?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// Relays between one front-end after the other and a back-end, until the process is told to end.
+    pub(crate) fn pass(self, server: Server, options: &ringfence_wrap::Options) -> anyhow::Result<ExitCode> {
+        let end = end_of_process().context("can't wait for SIGTERM and SIGINT")?;
+        end_in_any_case(end.try_clone()?, self.socket)?;
+        let serve = |stream| ringfence_wrap::pass::relay(stream, options, end.as_fd());
+        server.each("pass", serve, end.as_fd())?;
         Ok(ExitCode::SUCCESS)
     }
 }

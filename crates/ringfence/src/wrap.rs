@@ -4,6 +4,7 @@ use crate::log;
 use crate::serve::{Common, MAX_QUEUES, named};
 use clap::Args;
 use ringfence_device::Device;
+use ringfence_policy::IommuMode;
 use ringfence_ring::Format;
 use ringfence_wrap::{Kind, MIN_POOL, OnError, Options, Wrapped};
 use std::io;
@@ -30,6 +31,14 @@ pub(crate) struct Wrap {
     /// answered.
     #[arg(long, value_name = "PATH", required_unless_present = "print_capabilities")]
     backend: Option<PathBuf>,
+
+    /// Whether the back-end is confined
+    ///
+    /// confine: it sees a bounce pool and nothing else. pass: for guests without a vIOMMU whose VMM demands the flag all
+    /// the same, as for confidential guests; the back-end gets the guest's memory and runs at full speed, and only the flag
+    /// is added. Should there be a vIOMMU, that is refused.
+    #[arg(long, value_name = "MODE", default_value = "confine", value_parser = named::<Mode>(&["confine", "pass"]))]
+    mode: Mode,
 
     /// What kind of device the back-end is
     ///
@@ -78,6 +87,24 @@ Example:
     -m 1G -object memory-backend-memfd,id=mem,size=1G,share=on \\
     -chardev socket,id=disk,path=/tmp/disk.sock \\
     -device vhost-user-blk-pci,chardev=disk,disable-legacy=on,iommu_platform=on …";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Confine,
+    Pass,
+}
+
+impl FromStr for Mode {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        match name {
+            "confine" => Ok(Self::Confine),
+            "pass" => Ok(Self::Pass),
+            _ => Err(()),
+        }
+    }
+}
 
 /// How long a back-end is waited for that is not there when it is needed.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -142,6 +169,12 @@ impl Wrap {
             return Ok(ExitCode::SUCCESS);
         }
         log::to_stderr(self.common.log);
+        if self.mode == Mode::Pass && self.common.iommu != IommuMode::Offer {
+            anyhow::bail!(
+                "--mode pass is for machines without an IOMMU, so --iommu {} makes no sense",
+                self.common.iommu
+            );
+        }
         let server = self.common.server()?;
         let options = Options {
             backend: self.backend.expect("the command line requires it"),
@@ -154,6 +187,9 @@ impl Wrap {
             on_error: self.on_error.0,
             patience: PATIENCE,
         };
+        if self.mode == Mode::Pass {
+            return self.common.pass(server, &options);
+        }
         // At once, so that a mistake shows before there is a VMM; the first front-end gets this very connection.
         let mut first = Some(Wrapped::open(options.clone())?);
         let open = || -> io::Result<Arc<dyn Device>> {

@@ -28,6 +28,8 @@ mod link;
 mod pool;
 mod seat;
 
+pub mod pass;
+
 pub use device::Wrapped;
 pub use kind::{Kind, UnknownKind};
 pub use link::LinkError;

@@ -2,6 +2,7 @@
 
 mod hostile;
 mod lost;
+mod pass;
 mod pool;
 mod scripted;
 #[path = "../../../vhost-user/tests/served/mod.rs"]
