@@ -186,3 +186,43 @@ fn a_silent_back_end_holds_no_fence_and_reaches_nothing_that_was_taken_away() {
         assert_eq!(served::bytes(pages[number][0]), [byte; PAGE], "request {number}");
     }
 }
+
+/// Back-ends that do anything at all, by the same numbers each time: every request comes to an end, no byte moves that no
+/// request asked for, and the next honest one is served.
+#[test]
+fn whatever_a_back_end_does_stays_within_its_requests() {
+    let acts: Vec<Act> = (1..=12).map(|seed| Act::Wild(u64::wrapping_mul(seed, 0x9e37_79b9_7f4a_7c15))).collect();
+    let backend = Scripted::start(&acts);
+    let wrapped = wrap(Options { timeout: Some(Duration::from_secs(1)), ..options(&backend.socket) });
+    driven!(wrapped => frontend, disk);
+    let canary = frontend.buffer((BUFFERS.0 + 64 * PAGE, 64 * PAGE));
+    canary.memory().fill(0xc5);
+    let page = |number: usize| [frontend.buffer((BUFFERS.0 + number * PAGE, PAGE))];
+    let pages: Vec<_> = (0..16).map(page).collect();
+    let mut ended = 0;
+    while backend.connections() <= acts.len() {
+        let mut under_way = 0;
+        for (number, buffer) in pages.iter().enumerate() {
+            let sector = number as u64 * 8;
+            let request = match (ended + number) % 3 {
+                0 => Request::Write { sector, from: buffer },
+                _ => Request::Read { sector, into: buffer },
+            };
+            disk.submit(request).unwrap();
+            under_way += 1;
+        }
+        disk.notify().unwrap();
+        while under_way > 0 {
+            match disk.poll().unwrap() {
+                // A disk may answer what it likes.
+                Some(_) => (under_way, ended) = (under_way - 1, ended + 1),
+                None => disk.wait().unwrap(),
+            }
+        }
+    }
+    assert!(ended > acts.len(), "{ended} requests");
+    let mut bytes = vec![0; 64 * PAGE];
+    canary.memory().read(0, &mut bytes);
+    assert!(bytes.iter().all(|&byte| byte == 0xc5), "bytes that no request asked for");
+    frontend.write_and_read_back_at(&mut disk, BUFFERS.0 + (1 << 20), 1);
+}

@@ -5,6 +5,7 @@ use ringfence_hostmem::Regions;
 use ringfence_vhost_user::channel::{Channel, Received};
 use ringfence_vhost_user::wire::{NeedReply, ProtocolFeatures, Reply, Request, VringAddr};
 use rustix::event::{PollFd, PollFlags, poll};
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -40,6 +41,9 @@ pub(crate) enum Act {
     Babbles,
     /// It says no to the memory table.
     Refuses,
+    /// Whatever this number leads to: bytes anywhere in its memory, used entries and indices of any kind, and now and then
+    /// what it should.
+    Wild(u64),
 }
 
 /// Ends with the value.
@@ -116,6 +120,7 @@ struct Connection {
     call: Option<OwnedFd>,
     next: u16,
     used: u16,
+    random: RefCell<u64>,
 }
 
 impl Connection {
@@ -132,6 +137,7 @@ impl Connection {
             call: None,
             next: 0,
             used: 0,
+            random: RefCell::new(if let Act::Wild(seed) = act { seed } else { 1 }),
         }
     }
 
@@ -230,6 +236,10 @@ impl Connection {
             self.requests.fetch_add(1, Ordering::Relaxed);
             let mut buffers = Vec::new();
             let mut index = head;
+            // What it has scribbled over it must not follow.
+            if matches!(act, Act::Wild(_)) && !is_whole(&all, table, gpa, size, head) {
+                return None;
+            }
             loop {
                 let entry = table + 16 * usize::from(index);
                 let (addr, len) = (all.load_u64(entry, Ordering::Relaxed), all.load_u32(entry + 8, Ordering::Relaxed));
@@ -245,6 +255,7 @@ impl Connection {
                 all.sub(avail, 4 + 2 * usize::from(size)).fill(0xff);
             }
             match act {
+                Act::Wild(_) => self.run_wild(all, ring, &buffers, &mut used, &push, head),
                 Act::Honest | Act::Rewrites => push(&mut used, head.into(), self.carry_out(&buffers)),
                 Act::WildIndex => used = used.wrapping_add(1000),
                 Act::NeverGiven => push(&mut used, u32::from(head) ^ 1, 1),
@@ -275,26 +286,85 @@ impl Connection {
         Some(())
     }
 
+    /// Some of everything.
+    fn run_wild(
+        &self,
+        all: HostSlice<'_>,
+        ring: usize,
+        buffers: &[(HostSlice<'_>, bool)],
+        used: &mut u16,
+        push: &dyn Fn(&mut u16, u32, u32),
+        head: u16,
+    ) {
+        let mut random = self.random.borrow_mut();
+        let mut next = |below: usize| {
+            // xorshift: any numbers will do, and the same ones each time.
+            *random ^= *random << 13;
+            *random ^= *random >> 7;
+            *random ^= *random << 17;
+            (*random >> 11) as usize % below
+        };
+        for _ in 0..next(8) {
+            let (at, len) = (next(all.len() - 64), 1 + next(63));
+            // The rings are what is near the start.
+            let at = if next(64) != 0 { at } else { at % (ring + 1024) };
+            let bytes: Vec<u8> = (0..len).map(|_| next(256) as u8).collect();
+            all.write(at, &bytes);
+        }
+        match next(128) {
+            0 => push(used, next(1 << 17) as u32, next(1 << 20) as u32),
+            1 => push(used, head.into(), next(1 << 14) as u32),
+            2 => *used = used.wrapping_add(next(1 << 16) as u16),
+            3 => {}
+            _ => push(used, head.into(), self.try_carry_out(buffers).unwrap_or(0)),
+        }
+    }
+
     /// A request of a disk (§5.2.6), cut into header, data and status; how many bytes were written.
     fn carry_out(&self, buffers: &[(HostSlice<'_>, bool)]) -> u32 {
+        self.try_carry_out(buffers).expect("a request that a disk can carry out")
+    }
+
+    fn try_carry_out(&self, buffers: &[(HostSlice<'_>, bool)]) -> Option<u32> {
         let mut header = [0; 16];
         buffers[0].0.read(0, &mut header);
         let kind = u32::from_le_bytes(header[..4].try_into().unwrap());
-        let mut at = u64::from_le_bytes(header[8..].try_into().unwrap()) as usize * 512;
-        let (status, data) = buffers[1..].split_last().unwrap();
+        let mut at = usize::try_from(u64::from_le_bytes(header[8..].try_into().unwrap())).ok()?.checked_mul(512)?;
+        let (status, data) = buffers[1..].split_last()?;
         let disk = &mut *self.disk.lock().unwrap();
         let mut written = 0;
         for (buffer, writable) in data {
-            let place = &mut disk[at..at + buffer.len()];
+            let place = disk.get_mut(at..at.checked_add(buffer.len())?)?;
             match (kind, writable) {
                 (0, true) => buffer.write(0, place),
                 (1, false) => buffer.read(0, place),
-                _ => panic!("a request of kind {kind} with such a buffer"),
+                _ => return None,
             }
             at += buffer.len();
             written += if *writable { buffer.len() as u32 } else { 0 };
         }
         status.0.write(0, &[0]);
-        written + 1
+        Some(written + 1)
     }
+}
+
+/// Whether the chain at `head` lies in this memory, begins with a header and comes to an end.
+fn is_whole(all: &HostSlice<'_>, table: usize, gpa: u64, size: u16, head: u16) -> bool {
+    let mut index = head;
+    for count in 0..size {
+        if index >= size {
+            return false;
+        }
+        let entry = table + 16 * usize::from(index);
+        let (addr, len) = (all.load_u64(entry, Ordering::Relaxed), all.load_u32(entry + 8, Ordering::Relaxed));
+        let inside = addr.checked_sub(gpa).is_some_and(|at| at + u64::from(len) <= all.len() as u64);
+        if !inside || len == 0 || count == 0 && len != 16 {
+            return false;
+        }
+        if all.load_u16(entry + 12, Ordering::Relaxed) & 1 == 0 {
+            return count >= 1;
+        }
+        index = all.load_u16(entry + 14, Ordering::Relaxed);
+    }
+    false
 }
