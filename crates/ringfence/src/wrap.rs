@@ -2,7 +2,7 @@
 
 use crate::log;
 use crate::serve::{Common, MAX_QUEUES, named};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use ringfence_device::Device;
 use ringfence_policy::IommuMode;
 use ringfence_ring::Format;
@@ -10,7 +10,6 @@ use ringfence_wrap::{Kind, MIN_POOL, OnError, Options, Wrapped};
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,7 +36,7 @@ pub(crate) struct Wrap {
     /// confine: it sees a bounce pool and nothing else. pass: for guests without a vIOMMU whose VMM demands the flag all
     /// the same, as for confidential guests; the back-end gets the guest's memory and runs at full speed, and only the flag
     /// is added. Should there be a vIOMMU, that is refused.
-    #[arg(long, value_name = "MODE", default_value = "confine", value_parser = named::<Mode>(&["confine", "pass"]))]
+    #[arg(long, value_name = "MODE", value_enum, default_value = "confine")]
     mode: Mode,
 
     /// What kind of device the back-end is
@@ -61,7 +60,7 @@ pub(crate) struct Wrap {
     pool: usize,
 
     /// The format of the back-end's rings; the driver's are whatever it takes
-    #[arg(long, value_name = "FORMAT", default_value = "split", value_parser = named::<BackendRing>(&["split", "packed"]))]
+    #[arg(long, value_name = "FORMAT", value_enum, default_value = "split")]
     backend_ring: BackendRing,
 
     /// Hang up on the back-end if it leaves a request unanswered for so many seconds; 0: never
@@ -74,7 +73,7 @@ pub(crate) struct Wrap {
     ///
     /// reconnect: it is hung up on, and whoever answers on its socket next gets what it has not answered. stop: disks and
     /// shared folders fail every request from then on, other devices stand still.
-    #[arg(long, value_name = "WHAT", default_value = "reconnect", value_parser = named::<Consequence>(&["reconnect", "stop"]))]
+    #[arg(long, value_name = "WHAT", value_enum, default_value = "reconnect")]
     on_error: Consequence,
 }
 
@@ -88,56 +87,26 @@ Example:
     -chardev socket,id=disk,path=/tmp/disk.sock \\
     -device vhost-user-blk-pci,chardev=disk,disable-legacy=on,iommu_platform=on …";
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Mode {
     Confine,
     Pass,
 }
 
-impl FromStr for Mode {
-    type Err = ();
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum BackendRing {
+    Split,
+    Packed,
+}
 
-    fn from_str(name: &str) -> Result<Self, ()> {
-        match name {
-            "confine" => Ok(Self::Confine),
-            "pass" => Ok(Self::Pass),
-            _ => Err(()),
-        }
-    }
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Consequence {
+    Reconnect,
+    Stop,
 }
 
 /// How long a back-end is waited for that is not there when it is needed.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-#[derive(Clone, Copy, Debug)]
-struct BackendRing(Format);
-
-impl FromStr for BackendRing {
-    type Err = ();
-
-    fn from_str(name: &str) -> Result<Self, ()> {
-        match name {
-            "split" => Ok(Self(Format::Split)),
-            "packed" => Ok(Self(Format::Packed)),
-            _ => Err(()),
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Consequence(OnError);
-
-impl FromStr for Consequence {
-    type Err = ();
-
-    fn from_str(name: &str) -> Result<Self, ()> {
-        match name {
-            "reconnect" => Ok(Self(OnError::Reconnect)),
-            "stop" => Ok(Self(OnError::Stop)),
-            _ => Err(()),
-        }
-    }
-}
 
 /// A number of bytes, with K, M or G for powers of 1024.
 fn pool_size(text: &str) -> Result<usize, String> {
@@ -182,9 +151,15 @@ impl Wrap {
             queues: self.queues,
             queue_size: self.queue_size,
             pool: self.pool,
-            format: self.backend_ring.0,
+            format: match self.backend_ring {
+                BackendRing::Split => Format::Split,
+                BackendRing::Packed => Format::Packed,
+            },
             timeout: (self.timeout > 0).then(|| Duration::from_secs(self.timeout)),
-            on_error: self.on_error.0,
+            on_error: match self.on_error {
+                Consequence::Reconnect => OnError::Reconnect,
+                Consequence::Stop => OnError::Stop,
+            },
             patience: PATIENCE,
         };
         if self.mode == Mode::Pass {

@@ -280,7 +280,7 @@ impl Session {
         match request {
             Request::GetFeatures => Ok(Some(Reply::U64(self.offered() | F_PROTOCOL_FEATURES))),
             Request::SetFeatures(features) => self.set_features(features),
-            Request::GetProtocolFeatures => Ok(Some(Reply::U64(PROTOCOL_FEATURES.bits()))),
+            Request::GetProtocolFeatures => Ok(Some(Reply::U64(self.offered_protocol().bits()))),
             Request::SetProtocolFeatures(features) => self.set_protocol_features(features),
             Request::SetOwner => Ok(None),
             Request::ResetOwner | Request::ResetDevice => self.reset(),
@@ -392,8 +392,14 @@ impl Session {
         Ok(None)
     }
 
+    /// A device without a configuration space has its front-end make one.
+    fn offered_protocol(&self) -> ProtocolFeatures {
+        let config = if self.device.config().is_empty() { ProtocolFeatures::CONFIG } else { ProtocolFeatures::empty() };
+        PROTOCOL_FEATURES - config
+    }
+
     fn set_protocol_features(&mut self, features: ProtocolFeatures) -> Answer {
-        let unknown = features.bits() & !PROTOCOL_FEATURES.bits();
+        let unknown = features.bits() & !self.offered_protocol().bits();
         if unknown != 0 {
             return Err(SessionError::Protocol(unknown));
         }

@@ -6,7 +6,6 @@ mod pass;
 mod pool;
 mod scripted;
 #[path = "../../../vhost-user/tests/served/mod.rs"]
-#[allow(dead_code, reason = "the front-end's side is that of the server's own tests, which use all of it")]
 mod served;
 
 use ringfence_device::Device;
