@@ -67,8 +67,11 @@ pub(crate) struct Common {
     iotlb: Keep,
 
     /// For how many microseconds a queue looks for more work before it sleeps
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
-    poll: u64,
+    ///
+    /// A disk of ours does so for 20 unless told otherwise. Before a back-end of others, who have the work to do, it would
+    /// take from their processors.
+    #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u64).range(..=1_000_000))]
+    poll: Option<u64>,
 
     /// How many seconds storage, or a back-end, that does not answer may keep the VMM waiting
     ///
@@ -86,6 +89,9 @@ pub(crate) struct Common {
     #[arg(long)]
     pub(crate) print_capabilities: bool,
 }
+
+/// For how long a disk's queue looks for more work.
+const POLL: Duration = Duration::from_micros(20);
 
 /// Each queue is a thread; more than this many is a slip of the finger.
 pub(crate) const MAX_QUEUES: i64 = 256;
@@ -120,7 +126,7 @@ impl Common {
         self,
         server: Server,
         name: &str,
-        queue_size: u16,
+        (queue_size, poll): (u16, Duration),
         open: impl FnMut() -> io::Result<Arc<dyn Device>>,
     ) -> anyhow::Result<ExitCode> {
         let end = end_of_process().context("can't wait for SIGTERM and SIGINT")?;
@@ -128,7 +134,7 @@ impl Common {
             iommu: self.iommu,
             keep: self.iotlb,
             queue_size,
-            poll: Duration::from_micros(self.poll),
+            poll: self.poll.map_or(poll, Duration::from_micros),
             io_timeout: Duration::from_secs_f64(self.io_timeout),
         };
         end_in_any_case(end.try_clone()?, self.socket)?;
@@ -233,6 +239,6 @@ impl ServeBlk {
         let storage = storage::open(&image, self.format, self.read_only)?;
         let options = blk::Options { queues: self.queues, queue_size: self.queue_size, serial: self.serial };
         let device: Arc<dyn Device> = Arc::new(Blk::new(storage, options));
-        self.common.serve(server, device.name(), self.queue_size, || Ok(Arc::clone(&device)))
+        self.common.serve(server, device.name(), (self.queue_size, POLL), || Ok(Arc::clone(&device)))
     }
 }

@@ -171,7 +171,7 @@ impl Wrap {
             let wrapped = first.take().map_or_else(|| Wrapped::open(options.clone()), Ok);
             Ok(Arc::new(wrapped.map_err(io::Error::other)?))
         };
-        self.common.serve(server, &format!("wrapped {}", self.device), self.queue_size, open)
+        self.common.serve(server, &format!("wrapped {}", self.device), (self.queue_size, Duration::ZERO), open)
     }
 }
 
