@@ -5,7 +5,7 @@
 //! needs ([`Kind`]).
 //!
 //! A [`Wrapped`] is a [`Device`](ringfence_device::Device). To the back-end it is a front-end without an IOMMU, whose whole
-//! memory is an [`arena`]: a private file of rings and a bounce pool. No descriptor of the guest's memory ever goes there,
+//! memory is an arena: a private file of rings and a bounce pool. No descriptor of the guest's memory ever goes there,
 //! so what the back-end can reach is the kernel's to say and not the back-end's.
 //!
 //! A request's way: its readable bytes are copied into the pool while its translations are held; it goes on the
