@@ -17,10 +17,14 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("device", &["dma", "ring"]),
     ("driver", &["dma", "ring", "policy"]),
     ("vhost-user", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver"]),
+    ("wrap", &["policy", "dma", "ring", "hostmem", "device", "vhost-user"]),
     ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver", "guests"]),
     ("guests", &[]),
     ("bare-metal", &[]),
-    ("ringfence", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver", "vhost-user", "matrix"]),
+    (
+        "ringfence",
+        &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver", "vhost-user", "wrap", "matrix"],
+    ),
 ];
 
 /// Compares every manifest with the arrows.

@@ -103,7 +103,8 @@ impl<M: Memory> Queue<M> {
         report: Box<dyn Report>,
         stopped: Stopped,
     ) -> Self {
-        Self { ring, handler, memory, report, requests: Requests::new(depth, stopped) }
+        let requests = Requests { in_order: handler.is_in_order(), ..Requests::new(depth, stopped) };
+        Self { ring, handler, memory, report, requests }
     }
 
     /// Does what there is to do, up to a bounded amount, and never waits. Chains that wait for translations are tried
@@ -127,12 +128,17 @@ impl<M: Memory> Queue<M> {
         let mut server = Server { visit: &visit, handler: &mut **handler, report: &mut **report };
         let mut turn = Turn { worked: requests.collect(&mut server), notify: false };
 
-        let look = look.max(requests.look);
+        // Room may have come about; whoever lacks it is tried before anything new is taken.
+        let room = if std::mem::take(&mut requests.full) { Look::Quick } else { Look::Not };
+        let look = look.max(requests.look).max(room);
         if look > Look::Not {
             turn.worked |= requests.retry(&mut server, look)?;
         }
         let mut bytes = 0;
         for _ in 0..TURN_REQUESTS {
+            if requests.full {
+                break;
+            }
             let Some(&token) = requests.free.last() else { break };
             match ring.pop(&mut requests.slots[usize::from(token)].chain) {
                 Ok(true) => {}
@@ -153,15 +159,17 @@ impl<M: Memory> Queue<M> {
         Ok(turn)
     }
 
-    /// Asks the driver to say when it makes something available. `true`: it already has, so there is another turn to
-    /// take before sleeping.
+    /// Asks the driver to say when it makes something available, and the device when it completes something. `true`: one
+    /// already has, so there is another turn to take before sleeping.
     ///
     /// # Errors
     /// As [`Queue::turn`].
     pub fn listen(&mut self) -> Result<bool, Broken> {
+        let completed = self.requests.under_way > 0 && self.handler.listen();
         let visit = self.memory.visit();
         let waits = &mut self.requests.ring_waits;
-        self.ring.open(&visit).enable_notifications().or_else(|stop| wait_or_break(stop, waits).map(|()| false))
+        let available = self.ring.open(&visit).enable_notifications();
+        available.or_else(|stop| wait_or_break(stop, waits).map(|()| false)).map(|available| available || completed)
     }
 
     /// Tells the driver that it need not say so.
@@ -176,7 +184,7 @@ impl<M: Memory> Queue<M> {
 
     /// Whether something waits for translations: worth another try even if no news come.
     pub fn is_waiting(&self) -> bool {
-        !self.requests.waiting.is_empty() || self.requests.ring_waits
+        !self.requests.waiting.is_empty() || !self.requests.back.is_empty() || self.requests.ring_waits
     }
 
     /// Whether the ring itself lacks a translation: then there may be chains, and none can be taken.
@@ -198,6 +206,19 @@ impl<M: Memory> Queue<M> {
         drop(visit);
         handler.submit();
         requests.under_way == 0 && requests.back.is_empty()
+    }
+
+    /// Takes back what the device has not begun, before the queue is drained.
+    pub fn recall(&mut self) {
+        let mut unbegun = Vec::new();
+        self.handler.recall(&mut unbegun);
+        for token in unbegun {
+            let slot = &mut self.requests.slots[usize::from(token)];
+            assert!(slot.stage == Stage::UnderWay, "the device gave back token {token}, which it did not have");
+            slot.stage = Stage::New;
+            self.requests.under_way -= 1;
+            self.requests.waiting.push_back(token);
+        }
     }
 
     /// Asks for everything that is under way to be given up.
@@ -312,6 +333,10 @@ struct Requests {
     ring_waits: bool,
     /// Not all waiting chains were tried again that could have been.
     look: Look,
+    /// The device has no room for the oldest chain that is ready: none that came later is offered to it.
+    full: bool,
+    /// None overtakes another.
+    in_order: bool,
     under_way: usize,
 }
 
@@ -346,6 +371,19 @@ enum Lack {
     Asked(BusAddr, Access, u64),
     /// One that there was no place to ask for.
     Unasked,
+    /// Room in the device.
+    Room,
+    /// Nothing, and others come first.
+    Turn,
+}
+
+/// Whether a chain is the next to go on where none may overtake another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// It is, or that is no matter.
+    First,
+    /// Another one is before it.
+    Behind,
 }
 
 /// Those a chain meets on its way to the device.
@@ -359,6 +397,7 @@ enum Served {
     Done(u32),
     UnderWay,
     Waiting,
+    NoRoom,
 }
 
 impl Requests {
@@ -385,6 +424,8 @@ impl Requests {
             unpublished: Vec::new(),
             ring_waits: false,
             look: Look::Not,
+            full: false,
+            in_order: false,
             under_way: 0,
         }
     }
@@ -410,13 +451,28 @@ impl Requests {
             count += 1;
             let slot = &mut self.slots[usize::from(token)];
             bytes += slot.len();
-            let served = slot.proceed(server, token);
+            let served = slot.proceed(server, token, Place::First);
+            if self.in_order && matches!(served, Served::Waiting) {
+                count -= 1;
+                self.ask_behind(server.visit, count + 1);
+                break;
+            }
             if !self.settle(server.visit, token, served) {
                 self.free.push(token);
             }
         }
         self.back.drain(..count);
         count > 0
+    }
+
+    /// The chain before those at `from` waits, and they with it. What they lack is asked for now and not one by one.
+    fn ask_behind<V: Visit>(&mut self, visit: &V, from: usize) {
+        for &Back { token, readable_from, writable_from } in &self.back[from..] {
+            let slot = &mut self.slots[usize::from(token)];
+            if let Err(Stop::Miss(miss)) = slot.translate(visit, readable_from, writable_from) {
+                slot.wait(miss);
+            }
+        }
     }
 
     /// Tries the chains again that wait for translations, oldest first; `true` if one got further.
@@ -431,15 +487,21 @@ impl Requests {
                 break;
             }
             let slot = &mut self.slots[usize::from(token)];
-            if look < Look::Thorough && slot.still_lacks(server.visit) {
+            let barred = self.full && slot.stage == Stage::New;
+            if barred || look < Look::Thorough && slot.still_lacks(server.visit) {
                 at += 1;
                 continue;
             }
             bytes += slot.len();
-            match slot.serve(server, token)? {
+            let place = if self.in_order && at > 0 { Place::Behind } else { Place::First };
+            match slot.serve(server, token, place)? {
                 // No more can be asked for now, by the younger ones either.
                 Served::Waiting if slot.lacks == Some(Lack::Unasked) => break,
                 Served::Waiting => at += 1,
+                Served::NoRoom => {
+                    self.full = true;
+                    at += 1;
+                }
                 served => {
                     some = true;
                     self.waiting.remove(at);
@@ -456,7 +518,8 @@ impl Requests {
     fn admit<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token) -> Result<(), Broken> {
         let slot = &mut self.slots[usize::from(token)];
         (slot.stage, slot.asked, slot.lacks) = (Stage::New, None, None);
-        let served = slot.serve(server, token)?;
+        let place = if self.in_order && !self.waiting.is_empty() { Place::Behind } else { Place::First };
+        let served = slot.serve(server, token, place)?;
         if self.settle(server.visit, token, served) {
             self.free.pop();
         }
@@ -504,7 +567,8 @@ impl Requests {
                 self.under_way += 1;
                 true
             }
-            Served::Waiting => {
+            Served::Waiting | Served::NoRoom => {
+                self.full |= matches!(served, Served::NoRoom);
                 self.waiting.push_back(token);
                 true
             }
@@ -522,12 +586,12 @@ impl Slot {
     fn still_lacks<V: Visit>(&self, visit: &V) -> bool {
         match self.lacks {
             Some(Lack::Asked(addr, access, verdicts)) => !visit.may_have_changed(addr, access, verdicts),
-            Some(Lack::Unasked) | None => false,
+            Some(Lack::Unasked | Lack::Room | Lack::Turn) | None => false,
         }
     }
 
     #[inline]
-    fn serve<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token) -> Result<Served, Broken> {
+    fn serve<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token, place: Place) -> Result<Served, Broken> {
         if self.stage == Stage::New {
             match self.chain.expand(server.visit, self.asked) {
                 Ok(()) => {}
@@ -540,12 +604,12 @@ impl Slot {
                 }
             }
         }
-        Ok(self.proceed(server, token))
+        Ok(self.proceed(server, token, place))
     }
 
     /// Takes a chain whose descriptors are all known to the device, or brings it back there.
     #[inline]
-    fn proceed<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token) -> Served {
+    fn proceed<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token, place: Place) -> Served {
         let (readable_from, writable_from) = match self.stage {
             Stage::New => (0, 0),
             Stage::Back { readable_from, writable_from } => (readable_from, writable_from),
@@ -556,11 +620,16 @@ impl Slot {
             Err(Stop::Miss(miss)) => return self.wait(miss),
             Err(Stop::Fault(fault)) => return self.fail(server, token, fault),
         }
+        if place == Place::Behind {
+            self.lacks = Some(Lack::Turn);
+            return Served::Waiting;
+        }
         // SAFETY: every piece was resolved in the visit that is still open.
         let request = unsafe {
             Request {
                 readable: Pieces::new(&self.readable, readable_from, self.chain.readable_len()),
                 writable: Pieces::new(&self.writable, writable_from, self.chain.writable_len()),
+                buffers: self.chain.descriptors(),
             }
         };
         let outcome = match self.stage {
@@ -570,6 +639,11 @@ impl Slot {
         match outcome {
             Outcome::Done(written) => Served::Done(written),
             Outcome::Pending => Served::UnderWay,
+            Outcome::NoRoom => {
+                assert!(self.stage == Stage::New, "the device has token {token}, and no room for it");
+                self.lacks = Some(Lack::Room);
+                Served::NoRoom
+            }
         }
     }
 

@@ -1,4 +1,5 @@
 use ringfence_dma::{DetachedSlice, HostSlice};
+use ringfence_ring::Descriptor;
 use std::marker::PhantomData;
 
 /// A request whose bytes can be reached for as long as `'l`: all of them when it starts, and when it goes on those from
@@ -9,6 +10,8 @@ pub struct Request<'l> {
     pub readable: Pieces<'l>,
     /// Where the device's answer goes.
     pub writable: Pieces<'l>,
+    /// Both as the driver cut them. A device makes nothing of that (§2.7.4.1); who passes the request on keeps it.
+    pub buffers: &'l [Descriptor],
 }
 
 /// One half of a request: bytes in order, scattered over memory.
@@ -51,6 +54,18 @@ impl<'l> Pieces<'l> {
     #[inline]
     pub fn write(&self, offset: u32, from: &[u8]) -> bool {
         self.each(offset, from.len(), |at, piece| piece.write(0, &from[at..at + piece.len()]))
+    }
+
+    /// Copies as many bytes from `offset` as `into` has; `false`, and nothing copied, where there are fewer.
+    #[inline]
+    pub fn copy_to(&self, offset: u32, into: HostSlice<'_>) -> bool {
+        self.each(offset, into.len(), |at, piece| into.copy_from(at, piece))
+    }
+
+    /// Copies all of `from` to `offset`; `false`, and nothing copied, where it does not fit.
+    #[inline]
+    pub fn copy_from(&self, offset: u32, from: HostSlice<'_>) -> bool {
+        self.each(offset, from.len(), |at, piece| piece.copy_from(0, from.sub(at, piece.len())))
     }
 
     /// Appends the pieces of `len` bytes from `offset` to `into`; `false`, and nothing appended, where they are
@@ -132,5 +147,16 @@ mod tests {
         assert!(rest.read(3, &mut back));
         assert_eq!(&back, b"defg");
         assert!(!rest.read(2, &mut back), "out of reach");
+
+        let mut back = [0; 5];
+        let other = ram.slice(1000, 5);
+        assert!(all.copy_to(2, other));
+        other.read(0, &mut back);
+        assert_eq!(&back, b"cdefg");
+        other.write(0, b"CDEFG");
+        assert!(all.copy_from(3, other));
+        assert!(all.read(3, &mut back));
+        assert_eq!(&back, b"CDEFG");
+        assert!(!all.copy_from(4, other) && !all.copy_to(4, other), "runs past the end");
     }
 }

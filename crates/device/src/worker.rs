@@ -261,6 +261,7 @@ fn serve<M: Memory>(mut queue: Queue<M>, control: &Control, bells: &Bells) {
 /// Brings everything to its end that is under way; `false` if that takes too long for whoever waits for it.
 fn drain<M: Memory>(queue: &mut Queue<M>, control: &Control, patience: Duration) -> bool {
     let mut stopping: Option<Instant> = None;
+    queue.recall();
     while !queue.drain() {
         if control.stop.load(Ordering::Relaxed) {
             let patience = if control.hurry.load(Ordering::Relaxed) { patience.min(HURRY) } else { patience };

@@ -95,6 +95,15 @@ impl<'m> HostSlice<'m> {
         unsafe { at.as_ptr().copy_from_nonoverlapping(from.as_ptr(), from.len()) }
     }
 
+    /// Copies all of `from` to `offset` in the slice. The two may overlap.
+    #[inline]
+    pub fn copy_from(&self, offset: usize, from: HostSlice<'_>) {
+        let at = self.at(offset, from.len);
+        // SAFETY: `at` is in bounds, `from` is good for its own length; neither is referenced, see `new`. What others
+        // write meanwhile makes the bytes arbitrary, not the copy wrong.
+        unsafe { at.as_ptr().copy_from(from.as_ptr(), from.len) }
+    }
+
     /// Sets every byte to `value`.
     #[inline]
     pub fn fill(&self, value: u8) {

@@ -4,6 +4,7 @@ mod demo;
 mod log;
 mod matrix;
 mod serve;
+mod wrap;
 
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
@@ -33,6 +34,7 @@ enum Command {
     /// Serve a vhost-user device that respects the guest's IOMMU
     #[command(subcommand)]
     Serve(serve::Serve),
+    Wrap(wrap::Wrap),
     Demo(demo::Demo),
     Matrix(matrix::Run),
 }
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Serve(serve) => serve.run(),
+        Command::Wrap(wrap) => wrap.run(),
         Command::Demo(demo) => demo.run(),
         Command::Matrix(matrix) => matrix.run(),
     }

@@ -478,6 +478,11 @@ impl Frontend {
         self.iotlb.lock().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(IotlbThread::failure)
     }
 
+    /// Ends the connection: whoever waits for an answer on it gets none.
+    pub fn hang_up(&self) {
+        let _ = rustix::net::shutdown(&self.shared.socket, rustix::net::Shutdown::Both);
+    }
+
     fn has_protocol(&self) -> bool {
         !self.protocol().is_empty()
     }
@@ -486,7 +491,14 @@ impl Frontend {
 impl Drop for Frontend {
     fn drop(&mut self) {
         // Ends the waits of the thread that answers misses, which is then joined with the other fields.
-        let _ = rustix::net::shutdown(&self.shared.socket, rustix::net::Shutdown::Both);
+        self.hang_up();
+    }
+}
+
+/// The connection, to see it end. What is read from it is answers to others.
+impl AsFd for Frontend {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.shared.socket.as_fd()
     }
 }
 

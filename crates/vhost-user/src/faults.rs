@@ -12,19 +12,21 @@ const WINDOW: Duration = Duration::from_secs(1);
 
 /// Decides which of many like events the log hears of.
 #[derive(Debug)]
-pub(crate) struct Limit {
+pub struct Limit {
     since: Instant,
     told: u32,
     untold: u64,
 }
 
 impl Limit {
-    pub(crate) fn new() -> Self {
+    /// One that has heard of nothing.
+    #[expect(clippy::new_without_default, reason = "there is no usual limit, only the beginning of one")]
+    pub fn new() -> Self {
         Self { since: Instant::now(), told: 0, untold: 0 }
     }
 
     /// Whether to tell of one more, and of how many nobody was told since the last.
-    pub(crate) fn tell(&mut self) -> Option<u64> {
+    pub fn tell(&mut self) -> Option<u64> {
         if self.since.elapsed() >= WINDOW {
             (self.since, self.told) = (Instant::now(), 0);
         }

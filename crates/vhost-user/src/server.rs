@@ -144,16 +144,51 @@ impl Server {
     /// # Errors
     /// No front-end can be waited for any more.
     pub fn run(self, device: Arc<dyn Device>, options: Options, end: BorrowedFd<'_>) -> Result<(), ServerError> {
+        self.run_each(device.name(), || Ok(Arc::clone(&device)), options, end)
+    }
+
+    /// As [`Server::run`], with a device for each front-end: `open` makes it when one has come. One that can't be made
+    /// costs the front-end its connection.
+    ///
+    /// # Errors
+    /// No front-end can be waited for any more.
+    pub fn run_each(
+        self,
+        name: &str,
+        mut open: impl FnMut() -> io::Result<Arc<dyn Device>>,
+        options: Options,
+        end: BorrowedFd<'_>,
+    ) -> Result<(), ServerError> {
+        let serve = |stream| match open() {
+            Ok(device) => connection(stream, &device, options, end),
+            Err(error) => {
+                tracing::error!("connection closed: no {name} to serve: {error}");
+                Ended::ByFrontend
+            }
+        };
+        self.each(&format!("{name}, iommu {}", options.iommu), serve, end)
+    }
+
+    /// Hands `serve` the connection of one front-end after the other, until `end` becomes readable.
+    ///
+    /// # Errors
+    /// No front-end can be waited for any more.
+    pub fn each(
+        self,
+        what: &str,
+        mut serve: impl FnMut(UnixStream) -> Ended,
+        end: BorrowedFd<'_>,
+    ) -> Result<(), ServerError> {
         let listener = match &self.source {
             Source::Connected(stream) => {
                 let stream = stream.try_clone().map_err(ServerError::Wait)?;
-                connection(stream, &device, options, end);
+                serve(stream);
                 return Ok(());
             }
             Source::Listener(listener) => listener,
         };
         if let Some(OwnPath { path, .. }) = &self.path {
-            tracing::info!(device = device.name(), iommu = %options.iommu, "listening on {}", path.display());
+            tracing::info!("{what}: listening on {}", path.display());
         }
         loop {
             let mut fds = [PollFd::from_borrowed_fd(end, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
@@ -169,7 +204,7 @@ impl Server {
             }
             match listener.accept() {
                 Ok((stream, _)) => {
-                    if connection(stream, &device, options, end) == Ended::ByUs {
+                    if serve(stream) == Ended::ByUs {
                         return Ok(());
                     }
                 }
@@ -199,9 +234,12 @@ fn remove_stale(path: &Path) -> Result<(), ServerError> {
     }
 }
 
+/// Why a connection is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ended {
+pub enum Ended {
+    /// The front-end left or had to: the next is served.
     ByFrontend,
+    /// All is to end.
     ByUs,
 }
 

@@ -24,13 +24,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Bits of rings and of the standard's version 1, which this session adds to a device's own.
-mod bits {
+pub mod bits {
     use virtio_spec::F;
 
-    pub(super) const VERSION_1: u64 = F::VERSION_1.bits().to_ne() as u64;
-    pub(super) const INDIRECT_DESC: u64 = F::INDIRECT_DESC.bits().to_ne() as u64;
-    pub(super) const EVENT_IDX: u64 = F::EVENT_IDX.bits().to_ne() as u64;
-    pub(super) const RING_PACKED: u64 = F::RING_PACKED.bits().to_ne() as u64;
+    /// The device keeps to the standard (§6).
+    pub const VERSION_1: u64 = F::VERSION_1.bits().to_ne() as u64;
+    /// Descriptors may be in tables (§2.7.5.3, §2.8.7).
+    pub const INDIRECT_DESC: u64 = F::INDIRECT_DESC.bits().to_ne() as u64;
+    /// Each side says from which entry on it wants to be told (§2.7.7, §2.8.10).
+    pub const EVENT_IDX: u64 = F::EVENT_IDX.bits().to_ne() as u64;
+    /// Rings are packed (§2.8).
+    pub const RING_PACKED: u64 = F::RING_PACKED.bits().to_ne() as u64;
 }
 
 /// The format of the rings of a driver that took `features`.
@@ -195,9 +199,14 @@ pub enum SessionError {
     /// A message of a protocol feature that was not offered.
     #[error("{0} belongs to a protocol feature that was not offered")]
     NotOffered(FrontendCode),
-    /// The configuration space is not writable.
-    #[error("the device's configuration can't be written")]
-    ReadOnlyConfig,
+    /// The device itself said no.
+    #[error("the device refuses {message}: {error}")]
+    Device {
+        /// What it refuses.
+        message: FrontendCode,
+        /// Why.
+        error: io::Error,
+    },
     /// The host is short of something.
     #[error("{0}")]
     Resources(#[from] io::Error),
@@ -234,6 +243,11 @@ impl Session {
     /// A session with nothing negotiated.
     pub fn new(device: Arc<dyn Device>, options: Options) -> Self {
         let vrings = (0..device.queues()).map(|_| Vring::new()).collect();
+        let backend = Arc::<Backend>::default();
+        device.watch_config(Box::new({
+            let backend = Arc::clone(&backend);
+            move || backend.config_changed()
+        }));
         Self {
             device,
             options,
@@ -243,7 +257,7 @@ impl Session {
             regions: Regions::default(),
             trust: Trust::new(),
             starts: Limit::new(),
-            backend: Arc::default(),
+            backend,
             vrings,
             status: 0,
             hurry: None,
@@ -266,15 +280,15 @@ impl Session {
         match request {
             Request::GetFeatures => Ok(Some(Reply::U64(self.offered() | F_PROTOCOL_FEATURES))),
             Request::SetFeatures(features) => self.set_features(features),
-            Request::GetProtocolFeatures => Ok(Some(Reply::U64(PROTOCOL_FEATURES.bits()))),
+            Request::GetProtocolFeatures => Ok(Some(Reply::U64(self.offered_protocol().bits()))),
             Request::SetProtocolFeatures(features) => self.set_protocol_features(features),
             Request::SetOwner => Ok(None),
             Request::ResetOwner | Request::ResetDevice => self.reset(),
             Request::GetStatus => Ok(Some(Reply::U64(self.status.into()))),
             Request::SetStatus(status) => self.set_status(status),
-            Request::GetQueueNum => Ok(Some(Reply::U64(self.device.queues().into()))),
+            Request::GetQueueNum => Ok(Some(Reply::U64(self.device.queue_groups().into()))),
             Request::GetConfig { offset, size, flags } => Ok(Some(self.config(offset, size, flags))),
-            Request::SetConfig { .. } => Err(SessionError::ReadOnlyConfig),
+            Request::SetConfig { offset, data, .. } => self.set_config(offset, &data),
             Request::GetMaxMemSlots => Ok(Some(Reply::U64(MAX_REGIONS as u64))),
             Request::SetMemTable(regions) => self.set_mem_table(regions),
             Request::AddMemReg(placement, fd) => self.add_region(placement, fd),
@@ -369,6 +383,8 @@ impl Session {
             self.renew_iotlb();
             tracing::debug!(features = format_args!("{features_of_driver:#x}"), ?addressing, "features taken");
         }
+        let taken = self.device.take(features_of_driver);
+        taken.map_err(|error| SessionError::Device { message: FrontendCode::SetFeatures, error })?;
         if features & F_PROTOCOL_FEATURES == 0 {
             // Without protocol features there is no SET_VRING_ENABLE: rings start enabled.
             self.vrings.iter_mut().for_each(|vring| vring.enable = Enable::On);
@@ -376,8 +392,14 @@ impl Session {
         Ok(None)
     }
 
+    /// A device without a configuration space has its front-end make one.
+    fn offered_protocol(&self) -> ProtocolFeatures {
+        let config = if self.device.config().is_empty() { ProtocolFeatures::CONFIG } else { ProtocolFeatures::empty() };
+        PROTOCOL_FEATURES - config
+    }
+
     fn set_protocol_features(&mut self, features: ProtocolFeatures) -> Answer {
-        let unknown = features.bits() & !PROTOCOL_FEATURES.bits();
+        let unknown = features.bits() & !self.offered_protocol().bits();
         if unknown != 0 {
             return Err(SessionError::Protocol(unknown));
         }
@@ -391,11 +413,16 @@ impl Session {
     }
 
     fn config(&self, offset: u32, size: u32, flags: u32) -> Reply {
-        // What lies beyond the device's fields reads as zero: front-ends ask for all fields that they know of.
-        let config = self.device.config();
-        let data =
-            (offset..offset.saturating_add(size)).map(|at| config.get(at as usize).copied().unwrap_or(0)).collect();
-        Reply::Config { offset, flags, data }
+        match self.device.read_config(offset, size) {
+            Some(data) => Reply::Config { offset, flags, data },
+            None => Reply::NoConfig,
+        }
+    }
+
+    fn set_config(&mut self, offset: u32, data: &[u8]) -> Answer {
+        let written = self.device.write_config(offset, data);
+        written.map_err(|error| SessionError::Device { message: FrontendCode::SetConfig, error })?;
+        Ok(None)
     }
 
     /// Status 0 resets a device (§2.1), but here it comes from a front-end, and QEMU sends it whenever it stops the device:
@@ -410,6 +437,7 @@ impl Session {
                 vring.stopped();
             });
         }
+        self.device.set_status(status);
         Ok(None)
     }
 
@@ -459,6 +487,7 @@ impl Session {
             vring.reset();
             vring.enable = enable;
         }
+        self.device.reset();
         Ok(None)
     }
 

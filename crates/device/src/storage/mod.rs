@@ -3,7 +3,7 @@
 //! Knows bytes, where they lie, and when they are durable. Knows no virtqueues, no requests and no status bytes.
 //!
 //! Memory comes as pieces that are good during one call and not a moment longer. What can be done at once is done on
-//! them. What has to wait is done on memory of our own ([`bounce`]), and its bytes are moved when it has ended: so
+//! them. What has to wait is done on memory of our own (`bounce`), and its bytes are moved when it has ended: so
 //! neither a disk that is slow nor one that hangs ever keeps memory from being taken away, and no kernel, file system or
 //! thread that it is stuck in has an address of somebody else's to write to.
 //!
