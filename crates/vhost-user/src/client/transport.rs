@@ -9,7 +9,7 @@ use ringfence_policy::{Addressing, Identity, Taken};
 use ringfence_ring::{Format, Layout, Position};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -98,6 +98,16 @@ impl FrontendTransport {
     /// The connection below.
     pub fn frontend(&self) -> &Arc<Frontend> {
         &self.frontend
+    }
+
+    /// The eventfd that rings the device for a queue, and the one that the device rings: for a thread that serves the
+    /// queue by itself.
+    ///
+    /// # Errors
+    /// [`TransportError::NotStarted`].
+    pub fn bells(&self, queue: u16) -> Result<(BorrowedFd<'_>, BorrowedFd<'_>), TransportError> {
+        let Queue { kick, call, .. } = self.queue(queue)?;
+        Ok((kick.as_fd(), call.as_fd()))
     }
 
     /// Stops a queue as a VMM does when its guest is paused, and says where it was.
