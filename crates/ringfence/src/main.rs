@@ -1,5 +1,6 @@
 //! The `ringfence` command line.
 
+mod bench;
 mod demo;
 mod log;
 mod matrix;
@@ -33,6 +34,7 @@ enum Command {
     /// Serve a vhost-user device that respects the guest's IOMMU
     #[command(subcommand)]
     Serve(serve::Serve),
+    Bench(bench::Bench),
     Demo(demo::Demo),
     Matrix(matrix::Run),
 }
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Serve(serve) => serve.run(),
+        Command::Bench(bench) => bench.run(),
         Command::Demo(demo) => demo.run(),
         Command::Matrix(matrix) => matrix.run(),
     }

@@ -33,10 +33,8 @@ pub(super) fn read_config<T: Transport>(
     if !block_size.is_power_of_two() || u64::from(block_size) < SECTOR {
         return Err(StartError::Config { field: "blk_size", value: block_size.into() });
     }
-    let piece = if taken(F::SIZE_MAX) { config.u32(8) } else { u32::MAX };
-    if piece == 0 {
-        return Err(StartError::Config { field: "size_max", value: 0 });
-    }
+    // qemu-storage-daemon offers the feature and has 0 there, which can only mean that there is no limit.
+    let piece = if taken(F::SIZE_MAX) && config.u32(8) != 0 { config.u32(8) } else { u32::MAX };
     let segments = if taken(F::SEG_MAX) { config.u32(12) } else { u32::MAX };
     if segments == 0 {
         return Err(StartError::Config { field: "seg_max", value: 0 });

@@ -70,6 +70,17 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
         }
     }
 
+    /// What [`RequestId::slot`] is always below.
+    pub fn slots(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Whether [`poll`](Self::poll) will have something: a look at one word, for who looks again and again.
+    #[inline]
+    pub fn has_used(&self) -> bool {
+        self.ring.ring.has_used()
+    }
+
     /// How many requests have come to no end, or to one that was not polled yet.
     pub fn under_way(&self) -> usize {
         self.slots.len() - self.free.len()

@@ -38,6 +38,7 @@ pub struct Attachment {
 pub struct FrontendTransport {
     frontend: Arc<Frontend>,
     attachment: Attachment,
+    hidden: u64,
     status: DeviceStatus,
     addressing: Addressing,
     format: Format,
@@ -87,12 +88,19 @@ impl FrontendTransport {
         Self {
             frontend,
             attachment,
+            hidden: 0,
             status: DeviceStatus::empty(),
             addressing: Addressing::Physical,
             format: Format::Split,
             refused: false,
             queues: Vec::new(),
         }
+    }
+
+    /// Hides `features` from the driver, as a VMM's options do (QEMU's `packed=off`, its default, for one).
+    pub fn without(mut self, features: u64) -> Self {
+        self.hidden |= features;
+        self
     }
 
     /// The connection below.
@@ -190,7 +198,7 @@ impl Transport for FrontendTransport {
     }
 
     fn offered(&mut self) -> Result<u64, TransportError> {
-        Ok(self.frontend.offered())
+        Ok(self.frontend.offered() & !self.hidden)
     }
 
     fn take(&mut self, taken: Taken) -> Result<(), TransportError> {
