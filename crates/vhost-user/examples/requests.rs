@@ -155,8 +155,7 @@ fn main() {
     let end = End { device: Arc::new(Disk::new(storage, options)), iotlb, hidden, queue: None };
     let buffer = |at, len| Buffer::new(ram.slice(at, len), Gpa(at as u64));
     let mapper = Direct::new(buffer(0, RINGS));
-    let host =
-        Host { platform: Platform::X86, policy: DriverPolicy::Old, physical: Some(&mapper), translated: None };
+    let host = Host { platform: Platform::X86, policy: DriverPolicy::Old, physical: Some(&mapper), translated: None };
     let options = Options { depth: (depth * 4).next_power_of_two().max(256) as u16, segments: 1 };
     let mut disk = Blk::start(Embedded::new(end, IommuMode::Off), host, options).unwrap();
     let buffers: Vec<_> = (0..depth).map(|n| buffer(RINGS + n * len.next_multiple_of(4096), len)).collect();

@@ -15,10 +15,10 @@ use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// Most completions that are taken before new requests go out: the device shall not run dry meanwhile.
-const BATCH: usize = 32;
+const BATCH: usize = 16;
 
 /// How often an idle queue is looked at between two looks at the clock.
-const LOOKS: u32 = 16;
+const LOOKS: u32 = 64;
 
 /// A sleeping thread looks up so often, for the phase and for a device that has died.
 const NAP: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
@@ -379,6 +379,8 @@ impl<'q, 'a, M: Mapper + ?Sized> Lane<'q, 'a, M> {
                 if since.elapsed() >= self.spin {
                     break;
                 }
+                // The back-end may be waiting for this very processor.
+                std::thread::yield_now();
             }
         }
         if !self.queue.listen()? {
