@@ -187,8 +187,11 @@ impl<'j> Client<'j> {
             if threads.iter().any(ScopedJoinHandle::is_finished) {
                 return Ok(false);
             }
+            if watch.ended.load(Ordering::Relaxed) {
+                return Ok(false);
+            }
             ensure!(self.frontend.is_connected(), "the back-end closed the connection; look at its log");
-            Ok(!watch.ended.load(Ordering::Relaxed))
+            Ok(true)
         };
         let pass = |seconds: f64| -> anyhow::Result<bool> {
             let until = Instant::now() + Duration::from_secs_f64(seconds);

@@ -3,22 +3,25 @@
 //! Knows what a user asks for and what he is told. The front-end is [`client`], the inner loop [`load`].
 
 mod client;
+mod compare;
 mod cpu;
 mod job;
 mod load;
 mod outcome;
+mod page;
 mod pattern;
+mod peers;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use client::Watch;
+use compare::Comparison;
 use indicatif::{ProgressBar, ProgressStyle};
 use job::{Job, Mapping, Rw, Shape, size};
-use outcome::Outcome;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::fs;
 use std::io::{Write, stdout};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -33,8 +36,20 @@ use virtio_spec::F;
 #[command(after_long_help = EXAMPLES)]
 pub(crate) struct Bench {
     /// The socket that the back-end listens on
-    #[arg(short, long, visible_alias = "socket-path", value_name = "PATH")]
-    socket: PathBuf,
+    #[arg(short, long, visible_alias = "socket-path", value_name = "PATH", required_unless_present = "compare")]
+    socket: Option<PathBuf>,
+
+    /// Compare ringfence with every peer that is installed, over a set of loads
+    ///
+    /// Starts ringfence, qemu-storage-daemon with each of its aio modes, and SPDK's vhost if it is in PATH, on disks of
+    /// their own, one at a time and in turn. What is asked for besides counts for nothing, but for --rounds, --seconds,
+    /// --warmup, --format and --output.
+    #[arg(long, conflicts_with = "socket")]
+    compare: bool,
+
+    /// How often --compare goes through everything
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
 
     /// How memory is lent to the disk
     ///
@@ -63,9 +78,9 @@ pub(crate) struct Bench {
     #[arg(short, long, visible_alias = "numjobs", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     queues: u16,
 
-    /// For how many seconds to measure
-    #[arg(short = 't', long, visible_alias = "runtime", value_name = "S", default_value_t = 5.0, value_parser = seconds)]
-    seconds: f64,
+    /// For how many seconds to measure: 5, or 0.5 each with --compare
+    #[arg(short = 't', long, visible_alias = "runtime", value_name = "S", value_parser = seconds)]
+    seconds: Option<f64>,
 
     /// For how many seconds to load before that
     #[arg(long, visible_alias = "ramp-time", value_name = "S", default_value_t = 0.5, value_parser = seconds)]
@@ -91,9 +106,9 @@ pub(crate) struct Bench {
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
     miss_delay: u64,
 
-    /// How many descriptors a queue has
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = queue_size)]
-    queue_size: u16,
+    /// How many descriptors a queue has: 256, or more if the depth needs it
+    #[arg(long, value_name = "N", value_parser = queue_size)]
+    queue_size: Option<u16>,
 
     /// Use packed rings where the back-end has them
     #[arg(long)]
@@ -122,6 +137,7 @@ Examples:
   ringfence bench -s /tmp/disk.sock --rw randread -b 4k -d 32 -t 5
   ringfence bench -s /tmp/disk.sock --rw randrw --iommu dynamic --miss-delay 60 --verify
   ringfence bench -s /tmp/disk.sock -d 1 --poll 0      latency, for a client that sleeps
+  ringfence bench --compare --format html -o compare.html
 
 Ctrl-C ends a measurement early; what there is until then is told.";
 
@@ -131,6 +147,15 @@ enum Format {
     Text,
     /// For programs; docs/performance.md describes it
     Json,
+    /// A page with plots, of its own
+    Html,
+}
+
+/// What most VMMs don't offer unless asked to.
+const PACKED: u64 = bit(F::RING_PACKED);
+
+const fn bit(feature: F) -> u64 {
+    feature.bits().to_ne() as u64
 }
 
 fn block_size(text: &str) -> Result<u64, String> {
@@ -157,35 +182,53 @@ fn queue_size(text: &str) -> Result<u16, String> {
 
 impl Bench {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
-        let job = self.job();
         let ended = ended_by_signals()?;
-        let total = Duration::from_secs_f64(job.warmup + job.seconds).as_millis() as u64;
-        let bar = ProgressBar::new(total).with_style(style()).with_message(job.shape.to_string());
-        let outcome = client::run(&job, &Watch { bar: &bar, ended: &ended })
-            .with_context(|| format!("measuring the back-end at {}", job.socket.display()))?;
-        bar.finish_and_clear();
-        let outcome = outcome.context("ended before there was anything to tell")?;
-        self.tell(&outcome)?;
+        let text = match &self.socket {
+            Some(socket) => self.measure(socket, &ended)?,
+            None => self.compare(&ended)?,
+        };
+        match &self.output {
+            Some(path) => fs::write(path, text).with_context(|| format!("can't write {}", path.display()))?,
+            None => stdout().write_all(text.as_bytes()).context("can't write to standard output")?,
+        }
         Ok(ExitCode::SUCCESS)
     }
 
-    fn tell(&self, outcome: &Outcome) -> anyhow::Result<()> {
-        let text = match self.format {
+    fn measure(&self, socket: &Path, ended: &AtomicBool) -> anyhow::Result<String> {
+        let job = self.job(socket);
+        let (depth, room) = (job.shape.queue_depth, job.queue_size);
+        anyhow::ensure!(depth <= room, "a queue of {room} descriptors has no room for {depth} requests (--queue-size)");
+        let total = Duration::from_secs_f64(job.warmup + job.seconds).as_millis() as u64;
+        let bar = ProgressBar::new(total).with_style(style()).with_message(job.shape.to_string());
+        let outcome = client::run(&job, &Watch { bar: &bar, ended })
+            .with_context(|| format!("measuring the back-end at {}", socket.display()))?;
+        bar.finish_and_clear();
+        let outcome = outcome.context("ended before there was anything to tell")?;
+        Ok(match self.format {
             Format::Text => outcome.to_string(),
-            Format::Json => serde_json::to_string_pretty(outcome)? + "\n",
-        };
-        match &self.output {
-            Some(path) => fs::write(path, text).with_context(|| format!("can't write {}", path.display())),
-            None => stdout().write_all(text.as_bytes()).context("can't write to standard output"),
-        }
+            Format::Json => serde_json::to_string_pretty(&outcome)? + "\n",
+            Format::Html => outcome.page()?,
+        })
     }
 
-    fn job(&self) -> Job {
+    fn compare(&self, ended: &AtomicBool) -> anyhow::Result<String> {
+        let seconds = self.seconds.unwrap_or(0.5);
+        let bar = ProgressBar::new(0).with_style(style());
+        let comparison = Comparison { rounds: self.rounds, seconds, warmup: self.warmup.min(seconds) };
+        let compared = comparison.run(ended, &bar)?.context("ended before the first round was over")?;
+        Ok(match self.format {
+            Format::Text => compared.to_string(),
+            Format::Json => serde_json::to_string_pretty(&compared)? + "\n",
+            Format::Html => compared.page()?,
+        })
+    }
+
+    fn job(&self, socket: &Path) -> Job {
         let hidden =
-            [(!self.packed, F::RING_PACKED), (self.no_indirect, F::INDIRECT_DESC), (self.no_event_idx, F::EVENT_IDX)];
+            [(!self.packed, PACKED), (self.no_indirect, bit(F::INDIRECT_DESC)), (self.no_event_idx, bit(F::EVENT_IDX))];
         let hidden = hidden.into_iter().filter(|(hide, _)| *hide);
         Job {
-            socket: self.socket.clone(),
+            socket: socket.to_owned(),
             shape: Shape {
                 rw: self.rw,
                 read_percent: self.read_percent,
@@ -195,11 +238,11 @@ impl Bench {
                 iommu: self.iommu,
                 miss_delay: self.miss_delay,
             },
-            seconds: self.seconds,
+            seconds: self.seconds.unwrap_or(5.0),
             warmup: self.warmup,
             poll: Duration::from_micros(self.poll),
-            queue_size: self.queue_size,
-            hidden: hidden.map(|(_, feature)| feature.bits().to_ne() as u64).sum(),
+            queue_size: self.queue_size.unwrap_or(self.queue_depth.next_power_of_two().max(256)),
+            hidden: hidden.map(|(_, feature)| feature).sum(),
             area: self.size,
             verify: self.verify,
         }
