@@ -721,8 +721,12 @@ impl Slot {
                 };
                 match visit.resolve(at, (len - offset) as usize, descriptor.access, self.asked) {
                     Ok(piece) => {
-                        pieces.push(piece.detach());
                         offset += piece.len() as u64;
+                        // Pages are translated one by one, and most of them follow each other here too.
+                        let piece = piece.detach();
+                        if !pieces.last_mut().is_some_and(|last| last.join(&piece)) {
+                            pieces.push(piece);
+                        }
                     }
                     Err(Stop::Miss(miss)) => {
                         misses += 1;
