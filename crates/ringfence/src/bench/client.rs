@@ -165,7 +165,7 @@ impl<'j> Client<'j> {
                 }
             }
             match (measured, failed) {
-                (Ok(None), _) => Ok(None),
+                (Ok(None), None) => Ok(None),
                 (Ok(Some(window)), None) => Ok(Some(self.outcome(&window, &tally))),
                 (Err(error), _) | (_, Some(error)) => Err(error),
             }

@@ -52,7 +52,8 @@ pub(super) enum Rw {
     RandWrite,
     /// Reads and writes anywhere
     #[value(name = "randrw")]
-    RandRw,
+    #[serde(rename = "randrw")]
+    RandMixed,
 }
 
 /// How memory is lent to the device.
@@ -71,7 +72,7 @@ pub(super) enum Mapping {
 
 impl Rw {
     pub(super) fn is_random(self) -> bool {
-        matches!(self, Rw::RandRead | Rw::RandWrite | Rw::RandRw)
+        matches!(self, Rw::RandRead | Rw::RandWrite | Rw::RandMixed)
     }
 
     /// How many of a hundred requests are reads.
@@ -79,7 +80,7 @@ impl Rw {
         match self {
             Rw::Read | Rw::RandRead => 100,
             Rw::Write | Rw::RandWrite => 0,
-            Rw::RandRw => mixed,
+            Rw::RandMixed => mixed,
         }
     }
 }
@@ -105,7 +106,7 @@ impl fmt::Display for Shape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Shape { rw, read_percent, block_size, queue_depth, queues, iommu, miss_delay } = *self;
         write!(f, "{rw}")?;
-        if rw == Rw::RandRw {
+        if rw == Rw::RandMixed {
             write!(f, " {read_percent}:{}", 100 - read_percent)?;
         }
         write!(f, " {}, QD{queue_depth}", Bytes(block_size))?;
@@ -171,7 +172,7 @@ mod tests {
     #[test]
     fn a_shape_is_named_by_what_matters() {
         let shape = Shape {
-            rw: Rw::RandRw,
+            rw: Rw::RandMixed,
             read_percent: 70,
             block_size: 4096,
             queue_depth: 32,

@@ -117,7 +117,7 @@ impl Plan {
             random: shape.rw.is_random(),
             reads: shape.rw.reads(shape.read_percent),
             next: 0,
-            state: 0x9e37_79b9_7f4a_7c15 * (u64::from(lane) + 1),
+            state: 0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(u64::from(lane) + 1),
         }
     }
 
