@@ -14,7 +14,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("iotlb", &["dma"]),
     ("iommu", &["dma"]),
     ("hostmem", &["dma"]),
-    ("device", &["dma", "ring"]),
+    ("device", &["dma", "ring", "hostmem"]),
     ("driver", &["dma", "ring", "policy"]),
     ("vhost-user", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver"]),
     ("wrap", &["policy", "dma", "ring", "hostmem", "device", "vhost-user"]),

@@ -9,6 +9,7 @@ mod arrows;
 mod bit33;
 mod browser;
 mod guests;
+mod instructions;
 mod no_std;
 mod old_driver;
 mod report;
@@ -67,6 +68,8 @@ enum Task {
         #[arg(long, value_name = "FILE")]
         picture: Option<PathBuf>,
     },
+    /// How many instructions a request costs, compared with what it did.
+    Instructions,
     /// Checks that feature bit 33 is named in the policy crate alone.
     Bit33,
 }
@@ -132,6 +135,9 @@ fn perform(task: Task) -> Result<bool, String> {
         Task::Report { picture: Some(path) } => {
             run(workspace, false, |steps| steps.step("a picture", |log| report::picture(workspace, log, &path)))
         }
+        Task::Instructions => {
+            run(workspace, false, |steps| steps.step("instructions", |log| instructions::run(workspace, log)))
+        }
         Task::Bit33 => run(workspace, false, |steps| steps.step("bit 33", |_| bit33::run(workspace))),
     })
 }
@@ -163,6 +169,7 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     )?;
     steps.cargo("demo", &["run", "--release", "-p", "ringfence", "--", "demo"], &[])?;
     steps.cargo("matrix", &["run", "--release", "-p", "ringfence", "--", "matrix"], &[])?;
+    steps.step("instructions a request", |log| instructions::run(workspace, log))?;
     steps.step("the report in a browser", |log| report::run(workspace, log))?;
     boots(workspace, steps, guests)
 }

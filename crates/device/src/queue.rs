@@ -22,6 +22,14 @@ use std::os::fd::BorrowedFd;
 const TURN_REQUESTS: usize = 64;
 const TURN_BYTES: u64 = 1 << 20;
 
+/// So many requests are taken off the ring at once, so that the memory of all of them is on its way here before the first
+/// is looked at.
+const BATCH: usize = 8;
+
+/// So many are shown to the driver at once: it goes on with them while the turn does. With fewer the two sides take the
+/// used index from each other all the time, with more the driver of a short queue has nothing to do until the turn ends.
+const SHOWN: usize = 16;
+
 /// Most translations that one chain asks for at a time: a driver may describe 4 GiB with one descriptor, and what asks
 /// its VMM for each page of that keeps the VMM from everything else.
 const MISSES_AT_ONCE: usize = 1024;
@@ -135,27 +143,25 @@ impl<M: Memory> Queue<M> {
             turn.worked |= requests.retry(&mut server, look)?;
         }
         let mut bytes = 0;
-        for _ in 0..TURN_REQUESTS {
+        for _ in 0..TURN_REQUESTS / BATCH {
             if requests.full {
                 break;
             }
-            let Some(&token) = requests.free.last() else { break };
-            match ring.pop(&mut requests.slots[usize::from(token)].chain) {
-                Ok(true) => {}
-                Ok(false) => break,
-                Err(stop) => {
-                    wait_or_break(stop, &mut requests.ring_waits)?;
-                    break;
-                }
+            let (fetched, met) = requests.fetch(&visit, &mut ring);
+            turn.worked |= !fetched.is_empty();
+            for &token in &fetched {
+                requests.admit(&mut server, token)?;
+                bytes += requests.slots[usize::from(token)].len();
             }
-            turn.worked = true;
-            requests.admit(&mut server, token)?;
-            bytes += requests.slots[usize::from(token)].len();
-            if bytes >= TURN_BYTES {
+            if requests.finished.len() >= SHOWN {
+                requests.publish(&mut ring)?;
+            }
+            if met? == Met::End || bytes >= TURN_BYTES {
                 break;
             }
         }
-        turn.notify = requests.publish(&mut ring)?;
+        requests.publish(&mut ring)?;
+        turn.notify = requests.needs_notification(&mut ring)?;
         Ok(turn)
     }
 
@@ -255,7 +261,9 @@ impl<M: Memory> Queue<M> {
     /// As [`Queue::turn`].
     pub fn flush(&mut self) -> Result<bool, Broken> {
         let visit = self.memory.visit();
-        self.requests.publish(&mut self.ring.open(&visit))
+        let mut ring = self.ring.open(&visit);
+        self.requests.publish(&mut ring)?;
+        self.requests.needs_notification(&mut ring)
     }
 
     /// Tells whoever is told of faults that `broken` is one.
@@ -329,6 +337,8 @@ struct Requests {
     finished: VecDeque<(Head, u32)>,
     /// Chains on the used ring that the driver can't see yet: an index, or flags, could not be reached.
     unpublished: Vec<(Head, u32)>,
+    /// The driver can see some that it was not asked about yet whether it wants to be told of them.
+    untold: bool,
     /// The last time something of the ring was wanted, its translation was missing.
     ring_waits: bool,
     /// Not all waiting chains were tried again that could have been.
@@ -393,6 +403,43 @@ struct Server<'t, V> {
     report: &'t mut dyn Report,
 }
 
+/// Why [`Requests::fetch`] came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Met {
+    /// With as many chains as it takes.
+    Full,
+    /// There are no more for now, or no place for them.
+    End,
+}
+
+/// A few tokens.
+#[derive(Default)]
+struct Batch {
+    tokens: [Token; BATCH],
+    len: usize,
+}
+
+impl Batch {
+    fn push(&mut self, token: Token) {
+        self.tokens[self.len] = token;
+        self.len += 1;
+    }
+
+    fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl<'b> IntoIterator for &'b Batch {
+    type Item = &'b Token;
+    type IntoIter = std::slice::Iter<'b, Token>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.tokens[..self.len].iter()
+    }
+}
+
+#[derive(Clone, Copy)]
 enum Served {
     Done(u32),
     UnderWay,
@@ -422,6 +469,7 @@ impl Requests {
             back: Vec::new(),
             finished,
             unpublished: Vec::new(),
+            untold: false,
             ring_waits: false,
             look: Look::Not,
             full: false,
@@ -514,20 +562,68 @@ impl Requests {
         Ok(some)
     }
 
-    /// Serves the chain just popped into the slot of `token`, the last of the free ones.
-    fn admit<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token) -> Result<(), Broken> {
-        let slot = &mut self.slots[usize::from(token)];
-        (slot.stage, slot.asked, slot.lacks) = (Stage::New, None, None);
-        let place = if self.in_order && !self.waiting.is_empty() { Place::Behind } else { Place::First };
-        let served = slot.serve(server, token, place)?;
-        if self.settle(server.visit, token, served) {
+    /// Takes a few chains off the ring and has what they describe brought near: first the tables of those that have one,
+    /// then where the device will look first and last. Their tokens, and why there are no more.
+    #[inline]
+    fn fetch<V: Visit>(&mut self, visit: &V, ring: &mut OpenQueue<'_, '_, V>) -> (Batch, Result<Met, Broken>) {
+        let mut fetched = Batch::default();
+        let mut met = Ok(Met::Full);
+        while fetched.len < BATCH {
+            let Some(&token) = self.free.last() else {
+                met = Ok(Met::End);
+                break;
+            };
+            let slot = &mut self.slots[usize::from(token)];
+            match ring.pop(&mut slot.chain) {
+                Ok(true) => {}
+                Ok(false) => {
+                    met = Ok(Met::End);
+                    break;
+                }
+                Err(stop) => {
+                    met = wait_or_break(stop, &mut self.ring_waits).map(|()| Met::End);
+                    break;
+                }
+            }
+            (slot.stage, slot.asked, slot.lacks) = (Stage::New, None, None);
+            if let Some((table, _)) = slot.chain.table() {
+                visit.approach(table, Access::Read);
+            }
             self.free.pop();
+            fetched.push(token);
         }
-        Ok(())
+        for &token in &fetched {
+            self.slots[usize::from(token)].approach(visit);
+        }
+        (fetched, met)
     }
 
-    /// Puts what is finished on the used ring, as far as the ring can be reached; `true` if the driver wants to be told.
-    fn publish<V: Visit>(&mut self, ring: &mut OpenQueue<'_, '_, V>) -> Result<bool, Broken> {
+    /// Serves a chain that was just taken off the ring.
+    #[inline]
+    fn admit<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token) -> Result<(), Broken> {
+        let slot = &mut self.slots[usize::from(token)];
+        if self.full {
+            // One that came before it, of the same few, found no room.
+            slot.lacks = Some(Lack::Room);
+            self.waiting.push_back(token);
+            return Ok(());
+        }
+        let place = if self.in_order && !self.waiting.is_empty() { Place::Behind } else { Place::First };
+        let served = slot.serve(server, token, place);
+        let needed = match served {
+            Ok(served) => self.settle(server.visit, token, served),
+            // It is no chain: nobody goes on with it.
+            Err(_) => false,
+        };
+        if !needed {
+            self.free.push(token);
+        }
+        served.map(drop)
+    }
+
+    /// Puts what is finished on the used ring, as far as the ring can be reached.
+    #[inline]
+    fn publish<V: Visit>(&mut self, ring: &mut OpenQueue<'_, '_, V>) -> Result<(), Broken> {
         while let Some(&(head, written)) = self.finished.front() {
             if let Err(stop) = ring.push(head, written) {
                 wait_or_break(stop, &mut self.ring_waits)?;
@@ -536,12 +632,22 @@ impl Requests {
             self.unpublished.extend(self.finished.pop_front());
         }
         if self.unpublished.is_empty() {
-            return Ok(false);
+            return Ok(());
         }
         if let Err(stop) = ring.publish() {
-            return wait_or_break(stop, &mut self.ring_waits).map(|()| false);
+            return wait_or_break(stop, &mut self.ring_waits);
         }
         self.unpublished.clear();
+        self.untold = true;
+        Ok(())
+    }
+
+    /// Whether the driver wants to be told of what was published since this was last asked.
+    #[inline]
+    fn needs_notification<V: Visit>(&mut self, ring: &mut OpenQueue<'_, '_, V>) -> Result<bool, Broken> {
+        if !std::mem::take(&mut self.untold) {
+            return Ok(false);
+        }
         match ring.needs_notification() {
             Ok(notify) => Ok(notify),
             // Whether the driver wants to be told can't be seen now. Once too often does no harm.
@@ -587,6 +693,19 @@ impl Slot {
         match self.lacks {
             Some(Lack::Asked(addr, access, verdicts)) => !visit.may_have_changed(addr, access, verdicts),
             Some(Lack::Unasked | Lack::Room | Lack::Turn) | None => false,
+        }
+    }
+
+    /// Reads the chain's table, if it has one and that is at hand, and has the header and the status brought near. What
+    /// goes wrong goes wrong again in [`Slot::serve`], which says so.
+    #[inline]
+    fn approach<V: Visit>(&mut self, visit: &V) {
+        if let Err(RingStop::Wait(miss)) = self.chain.expand(visit, self.asked) {
+            self.asked.get_or_insert(miss.ticket);
+        }
+        if let [first, .., last] = self.chain.descriptors() {
+            visit.approach(first.addr, first.access);
+            visit.approach(last.addr, last.access);
         }
     }
 
@@ -683,8 +802,12 @@ impl Slot {
                 };
                 match visit.resolve(at, (len - offset) as usize, descriptor.access, self.asked) {
                     Ok(piece) => {
-                        pieces.push(piece.detach());
                         offset += piece.len() as u64;
+                        // Pages are translated one by one, and most of them follow each other here too.
+                        let piece = piece.detach();
+                        if !pieces.last_mut().is_some_and(|last| last.join(&piece)) {
+                            pieces.push(piece);
+                        }
                     }
                     Err(Stop::Miss(miss)) => {
                         misses += 1;

@@ -69,7 +69,7 @@ pub struct Bells {
     pub kick: Option<OwnedFd>,
     /// Written when the queue broke.
     pub error: Option<OwnedFd>,
-    /// For how long an empty queue is looked at before the thread sleeps.
+    /// For how long an empty queue is looked at before the thread sleeps, at the most: it is less while that is of no use.
     pub poll: Duration,
     /// For how long storage is waited for when the queue stops. Then what it has is cancelled; and what can't be is left
     /// to itself: it has none of the queue's memory.
@@ -310,6 +310,7 @@ fn wait<M: Memory>(queue: &Queue<M>, at_most: Timespec) {
 
 fn run<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Result<(), Broken> {
     let mut call = control.call();
+    let mut patience = Patience { most: bells.poll, now: bells.poll };
     let mut idle_since: Option<Instant> = None;
     let mut looks = 0;
     // What an earlier run left is tried at once, and what that one used is told of: it may not have been.
@@ -342,17 +343,41 @@ fn run<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Res
             (idle_since, looks) = (None, 0);
             continue;
         }
-        if !bells.poll.is_zero() {
+        if !patience.now.is_zero() {
             std::hint::spin_loop();
             looks += 1;
-            if looks % LOOKS != 0 || idle_since.get_or_insert_with(Instant::now).elapsed() < bells.poll {
+            if looks % LOOKS != 0 {
+                continue;
+            }
+            if idle_since.get_or_insert_with(Instant::now).elapsed() < patience.now {
+                // Whoever is to make something available may be waiting for this very processor.
+                std::thread::yield_now();
                 continue;
             }
         }
+        let idle = *idle_since.get_or_insert_with(Instant::now);
         nap(queue, control, bells)?;
+        patience.learn(idle.elapsed());
         (idle_since, looks) = (None, 0);
     }
     Ok(())
+}
+
+/// For how long an empty queue is looked at before the thread sleeps: as long as that is good for something. Whoever
+/// asks for one thing now and then is served by a thread that sleeps, and costs no more than that.
+struct Patience {
+    most: Duration,
+    now: Duration,
+}
+
+impl Patience {
+    /// It was given up, and then something came, so long after the queue had become empty.
+    fn learn(&mut self, idle: Duration) {
+        self.now = if idle < self.most { self.most } else { self.now / 2 };
+        if self.now < Duration::from_micros(1) {
+            self.now = Duration::ZERO;
+        }
+    }
 }
 
 /// Sleeps until something happens.
@@ -369,18 +394,22 @@ fn nap<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Res
             (true, _) => Some(&WAITING_NAP),
             (false, _) => None,
         };
-        let mut fds = Vec::with_capacity(3);
-        fds.push(PollFd::new(&control.event, PollFlags::IN));
-        fds.extend(bells.kick.as_ref().map(|kick| PollFd::new(kick, PollFlags::IN)));
-        fds.extend(queue.completion_fd().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        // What there is not is replaced by what there is.
+        let event = control.event.as_fd();
+        let kick = bells.kick.as_ref().map_or(event, |kick| kick.as_fd());
+        let completion = queue.completion_fd().unwrap_or(event);
+        let mut fds = [event, kick, completion].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         // An interrupted poll is one that ended early; the turn that follows looks at everything.
         let _ = poll(&mut fds, timeout);
+        let [rung, kicked, _] = fds.map(|fd| !fd.revents().is_empty());
+        if rung {
+            hush(event);
+        }
+        if kicked && let Some(kick) = &bells.kick {
+            hush(kick.as_fd());
+        }
     }
     control.sleeping.store(false, Ordering::Relaxed);
-    hush(control.event.as_fd());
-    if let Some(kick) = &bells.kick {
-        hush(kick.as_fd());
-    }
     queue.ignore()
 }
 

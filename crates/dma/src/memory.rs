@@ -48,6 +48,13 @@ pub trait Visit {
     /// Keeps what this visit resolved for `ranges` good until the lease is dropped.
     fn lease(&self, ranges: &[(BusAddr, u32)]) -> Self::Lease;
 
+    /// Has the cache line of `addr` brought near, for `access`, if its translation is at hand: whoever takes several
+    /// requests at once does not wait for each one's memory in turn. Changes nothing.
+    #[inline]
+    fn approach(&self, addr: BusAddr, access: Access) {
+        let _ = (addr, access);
+    }
+
     /// Whether translations are kept beyond the request that they were resolved for. Where not, whoever ends a request
     /// calls [`Visit::release`].
     #[inline]

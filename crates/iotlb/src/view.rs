@@ -299,6 +299,17 @@ impl ringfence_dma::Visit for Visit<'_> {
     }
 
     #[inline]
+    fn approach(&self, addr: BusAddr, access: Access) {
+        if let Some(found) = self.view.find(addr.0, access) {
+            let host = found.host.wrapping_add(addr.0 - found.first) as usize;
+            if let Some(start) = NonNull::new(std::ptr::with_exposed_provenance_mut::<u8>(host)) {
+                // SAFETY: as in `resolve`.
+                unsafe { HostSlice::new(start, 1) }.approach(access);
+            }
+        }
+    }
+
+    #[inline]
     fn keeps(&self) -> bool {
         self.view.iotlb.keeps()
     }

@@ -1,5 +1,6 @@
 //! The `ringfence` command line.
 
+mod bench;
 mod demo;
 mod log;
 mod matrix;
@@ -35,6 +36,7 @@ enum Command {
     #[command(subcommand)]
     Serve(serve::Serve),
     Wrap(wrap::Wrap),
+    Bench(bench::Bench),
     Demo(demo::Demo),
     Matrix(matrix::Run),
 }
@@ -53,6 +55,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Serve(serve) => serve.run(),
         Command::Wrap(wrap) => wrap.run(),
+        Command::Bench(bench) => bench.run(),
         Command::Demo(demo) => demo.run(),
         Command::Matrix(matrix) => matrix.run(),
     }

@@ -473,6 +473,19 @@ impl Frontend {
         self.shared.counts.snapshot()
     }
 
+    /// The process at the other end: the one that listened, or made the connection. `None` where it can't be told.
+    pub fn backend_process(&self) -> Option<u32> {
+        let peer = rustix::net::sockopt::socket_peercred(&self.shared.socket).ok()?;
+        u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
+    }
+
+    /// Whether the back-end has not hung up.
+    pub fn is_connected(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut fds = [PollFd::new(&self.shared.socket, PollFlags::RDHUP)];
+        poll(&mut fds, Some(&Timespec::default())) == Ok(0)
+    }
+
     /// Why misses are not answered any more, if so: the back-end closed its channel or sent what is no message there.
     pub fn iotlb_failure(&self) -> Option<String> {
         self.iotlb.lock().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(IotlbThread::failure)

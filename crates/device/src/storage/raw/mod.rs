@@ -1,5 +1,6 @@
 mod blocking;
 mod ring;
+mod window;
 mod work;
 
 use super::bounce::{Bounce, Strays};
@@ -14,10 +15,11 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use window::Window;
 
 /// A file or block device whose bytes are the disk's.
 ///
-/// Data goes through the page cache: what it holds is copied at once, the rest by io_uring. Where the kernel has no
+/// Data goes through the page cache: what it holds is copied at once, the rest by io_uring. A file in a tmpfs is mapped. Where the kernel has no
 /// io_uring to give, a queue does the rest by a few threads, and says so once.
 ///
 /// A file whose size is no multiple of 512 has that size rounded up: the missing bytes read as zeroes, and writing them
@@ -80,6 +82,8 @@ struct Image {
     /// The size when it was opened, which `geometry.capacity` rounds up.
     len: u64,
     is_device: bool,
+    /// Of a file that lives in memory and may be written.
+    window: Option<Window>,
     read_now: Now,
     write_now: Now,
     /// Whether its file system knows calls that must not wait. One that does not may wait, in its server, for what io_uring
@@ -126,6 +130,7 @@ impl Image {
         let units = units.map_err(|source| Reason::Io { doing: "asking for its block size", source })?;
         let in_memory = !is_device && lives_in_memory(&file);
         let knows_nowait = in_memory || blocking::knows_nowait(&file);
+        let window = if in_memory && !read_only { Window::over(&file, len) } else { None };
         Ok(Self {
             geometry: Geometry {
                 block_size: units.block,
@@ -139,6 +144,7 @@ impl Image {
             _locked: locked,
             len,
             is_device,
+            window,
             read_now: Now::of(in_memory),
             write_now: Now::of(in_memory),
             knows_nowait,
@@ -217,6 +223,7 @@ mod tests {
     /// Everything through the ring.
     fn without_shortcuts(raw: Raw) -> Raw {
         let mut image = Arc::into_inner(raw.shared).expect("no queue yet");
+        image.window = None;
         for now in [&mut image.read_now, &mut image.write_now] {
             *now = Now::Unless { unsupported: AtomicBool::new(true) };
         }
@@ -247,6 +254,7 @@ mod tests {
             geometry: Geometry::plain(1 << 20),
             len: 1 << 20,
             is_device: false,
+            window: None,
             read_now: Now::of(false),
             write_now: Now::of(false),
             knows_nowait: true,
@@ -327,6 +335,49 @@ mod tests {
             assert_eq!(driver.read(4096, 512).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
             driver.read(0, 4096).unwrap();
         }
+    }
+
+    #[test]
+    fn a_file_in_memory_that_shrank_is_an_error_too() {
+        let mut file = in_memory(0);
+        file.write_all(&[5; 3 << 20]).unwrap();
+        let raw = open(&file);
+        let mut driver = driver(&raw, 8192);
+        for _ in 0..20 {
+            assert_eq!(driver.read(1 << 20, 8192).unwrap(), [5; 8192]);
+        }
+        assert!(!raw.shared.window.as_ref().unwrap().is_lost());
+        file.as_file().set_len(4096).unwrap();
+        assert_eq!(driver.read(1 << 20, 8192).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert!(raw.shared.window.as_ref().unwrap().is_lost(), "it was in use");
+        assert_eq!(driver.read(0, 4096).unwrap(), [5; 4096]);
+        // As a call does it.
+        driver.write(2 << 20, &[6; 512]).unwrap();
+        assert_eq!(driver.read(2 << 20, 512).unwrap(), [6; 512]);
+    }
+
+    #[test]
+    fn looking_at_a_file_in_memory_fills_no_holes() {
+        let file = in_memory(8 << 20);
+        let raw = open(&file);
+        let blocks = || file.as_file().metadata().unwrap().blocks();
+        let mut driver = driver(&raw, 4 << 20);
+        driver.write(0, &[7; 4 << 20]).unwrap();
+        let read_all = |driver: &mut Driver| {
+            for at in (0..8 << 20).step_by(64 << 10) {
+                driver.run(Operation::Read { offset: at }, &[(0, 64 << 10)]).unwrap();
+            }
+        };
+        let full = blocks();
+        for _ in 0..3 {
+            read_all(&mut driver);
+        }
+        assert_eq!(blocks(), full);
+        driver.run(Operation::Discard { offset: 1 << 20, len: 1 << 20 }, &[]).unwrap();
+        for _ in 0..3 {
+            read_all(&mut driver);
+        }
+        assert_eq!(full - blocks(), (1 << 20) / 512);
     }
 
     #[test]

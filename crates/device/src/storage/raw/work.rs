@@ -105,11 +105,13 @@ impl Work {
                 return if ended { Next::End(verdict) } else { Next::Call };
             }
             Operation::Discard { offset, len } => {
+                image.window.as_ref().inspect(|window| window.forget(offset, len));
                 let (offset, len) = image.whole_blocks(offset, len);
                 let len = if image.can_punch.load(Ordering::Relaxed) { len } else { 0 };
                 (Kind::Discard, offset, len)
             }
             Operation::WriteZeroes { offset, len, unmap } => {
+                image.window.as_ref().inspect(|window| window.forget(offset, len));
                 let punch = unmap && image.can_punch.load(Ordering::Relaxed);
                 let range = image.can_zero.load(Ordering::Relaxed);
                 let zeroing = match (punch, range) {
