@@ -30,7 +30,7 @@ pub(crate) struct GuestArgs {
     #[arg(long, value_name = "N", default_value_t = 2)]
     jobs: usize,
     /// When to give up on a guest, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 180)]
     timeout: u64,
     /// Guests that have to be skipped count as failed.
     #[arg(long)]
@@ -41,7 +41,7 @@ impl GuestArgs {
     /// The cells that an old driver is in.
     pub(crate) fn old_driver() -> Self {
         let only = "driver=virtio-drivers".parse().expect("a selection that a test has parsed");
-        Self { only, binary: None, qemu: "auto".to_owned(), jobs: 2, timeout: 300, no_skip: true }
+        Self { only, binary: None, qemu: "auto".to_owned(), jobs: 2, timeout: 180, no_skip: true }
     }
 
     /// Whether the server has to be built before.

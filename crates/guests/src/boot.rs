@@ -278,8 +278,8 @@ const TRACE: &str = "trace";
 
 /// The domain has less than the machine, so that an address of the machine can lie outside it.
 ///
-/// Nor does Xen ask the firmware for what disks there are: that reads them, and waits for ever where a device is silent.
-const XEN_ARGUMENTS: &str = "console=com1 com1=115200 dom0_mem=192M,max:192M loglvl=warning edd=off";
+/// Nor does Xen ask the firmware about disks: that reads them, and waits for ever where a device is silent.
+const XEN_ARGUMENTS: &str = "console=com1 com1=115200 dom0_mem=192M,max:192M loglvl=warning no-real-mode";
 
 /// A QEMU that runs; dropped, it is killed.
 struct Running {

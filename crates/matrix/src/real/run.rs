@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use ringfence_guests::{Backend, Boot, Disk, Error, Image, Interface, Qemu, StorageDaemon, System, Watch};
+use ringfence_guests::{Backend, Boot, Disk, End, Error, Image, Interface, Qemu, StorageDaemon, System, Watch};
 
 use super::cell::{Cell, Device, Driver};
 use super::seen::{Counts, Seen, Server};
@@ -25,6 +25,13 @@ const LOOK: Duration = Duration::from_millis(200);
 pub(crate) struct Booted {
     pub(crate) seen: Seen,
     pub(crate) log: String,
+}
+
+impl Booted {
+    /// Whether the time was up before the guest had said a word.
+    pub(crate) fn never_began(&self) -> bool {
+        matches!(self.seen.outcome.end, End::TimedOut(_)) && self.seen.outcome.console.trim().is_empty()
+    }
 }
 
 /// What a cell is made of.

@@ -77,7 +77,6 @@ impl Session {
                 let cell = &cells[index];
                 events(Event::Begins(cell));
                 let record = one(cell, &kit, options, &logs);
-                // A guest that was ended early is no observation.
                 if options.stop.load(Ordering::Relaxed) {
                     break;
                 }
@@ -102,7 +101,14 @@ fn one(cell: &Cell, kit: &Kit, options: &Options<'_>, logs: &Logs) -> Record {
         Ok(parts) => parts,
         Err(missing) => return skipped(cell, &missing),
     };
-    match run::boot(cell, &parts, options) {
+    let boot = || run::boot(cell, &parts, options);
+    // An emulated processor on a busy machine can hang before it has begun. A guest that cannot begin does so twice.
+    let booted = boot().and_then(|first| if first.never_began() { boot() } else { Ok(first) });
+    match booted {
+        // A guest that was ended early is no observation.
+        Ok(_) if options.stop.load(Ordering::Relaxed) => {
+            skipped(cell, &Missing { reason: "stopped".into(), tool: true })
+        }
         Ok(booted) => observed(cell, &booted, version, logs),
         Err(error) => skipped(cell, &Missing { reason: error.to_string(), tool: error.is_missing_tool() }),
     }

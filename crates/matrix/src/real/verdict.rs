@@ -141,6 +141,10 @@ pub(crate) fn flaws(seen: &Seen, verdict: Verdict) -> Vec<String> {
     if !works && verdict != Verdict::Corrupts && seen.image == ImageState::Written {
         flaws.push("the image is written, though the disk did not work".to_owned());
     }
+    // Firmware is refused too, and may never hand over.
+    if verdict == Verdict::RefusedByDevice && refused_to_start(seen).is_none() && seen.guest().status.is_none() {
+        flaws.push("the guest's own driver did not come to be refused".to_owned());
+    }
     let Some(server) = &seen.server else { return flaws };
     if let Err(end) = &server.end {
         flaws.push(format!("the server answered SIGTERM with {end}"));
@@ -416,5 +420,11 @@ mod tests {
         let deaf = told(&|seen| seen.server.as_mut().unwrap().refusal = Some("IOMMU".to_owned()));
         assert_eq!(deaf, ["the server serves nobody after a refusal"]);
         assert_eq!(told(&|seen| seen.outcome.virtio = None), [""; 0], "the IOMMU's pages are addresses too");
+        let firmware_alone = told(&|seen| {
+            *seen = Seen { server: seen.server.take(), image: ImageState::Untouched, ..on("x86-none", "") };
+            let server = seen.server.as_mut().unwrap();
+            (server.refusal, server.serves_on) = (Some("the IOMMU is required".to_owned()), true);
+        });
+        assert_eq!(firmware_alone, ["the guest's own driver did not come to be refused"]);
     }
 }

@@ -35,7 +35,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "DIR", requires = "real", help_heading = "Real guests")]
     keep_logs: Option<PathBuf>,
     /// When to give up on a guest
-    #[arg(long, value_name = "SECONDS", default_value_t = 300, requires = "real", help_heading = "Real guests")]
+    #[arg(long, value_name = "SECONDS", default_value_t = 180, requires = "real", help_heading = "Real guests")]
     timeout: u64,
     /// Where QEMU comes from
     #[arg(long, value_enum, default_value_t, requires = "real", help_heading = "Real guests")]
