@@ -18,6 +18,7 @@ mod address;
 mod mapper;
 mod memory;
 mod ram;
+mod registers;
 mod slice;
 
 pub use access::{Access, Fault, FaultReason, Miss, Permission, Stop, Ticket};
@@ -28,4 +29,5 @@ pub use mapper::{
 };
 pub use memory::{Memory, Physical, Visit, copy_from_bus, copy_to_bus};
 pub use ram::Ram;
+pub use registers::RegisterWindow;
 pub use slice::{DetachedSlice, HostSlice};

@@ -1,7 +1,7 @@
 //! Virtio drivers for kernels, unikernels, firmware and user space, on a DMA API that is per device and fallible.
 //!
-//! Knows how a driver brings a device up (§3.1.1) and what it then asks of it. Knows no registers ([`Transport`] is how a
-//! device is reached) and no IOMMU: [`policy`] decides whether addresses are translated, and a
+//! Knows how a driver brings a device up (§3.1.1) and what it then asks of it. [`Transport`] is how a device is
+//! reached: [`pci`] and [`mmio`] over a kernel's [`Registers`], [`embedded`] without any. Knows no IOMMU: [`policy`] decides whether addresses are translated, and a
 //! [`Mapper`](ringfence_dma::Mapper) makes them.
 //!
 //! The device is a stranger. What it answers is checked and named when wrong, and never indexes anything; what it was
@@ -40,13 +40,17 @@
 extern crate alloc;
 
 mod queue;
+mod registers;
 mod start;
 mod transport;
 
 pub mod blk;
 pub mod embedded;
 pub mod mapper;
+pub mod mmio;
+pub mod pci;
 
+pub use registers::{Registers, Spin, Wait, Waiting};
 pub use ringfence_policy as policy;
 pub use start::{Host, Running, StartError, Started, Wants, start};
 pub use transport::Transport;

@@ -206,7 +206,7 @@ pub fn start<'a, T: Transport, M: Mapper + ?Sized, C>(
         step(&mut transport, S::DRIVER)?;
         // 4. Read the features, write the subset that the driver takes.
         let offered = transport.offered().map_err(StartError::Transport)?;
-        let supported = wants.features | RING_FEATURES;
+        let supported = wants.features | RING_FEATURES | transport.features();
         let taken = driver_takes(host.platform, host.policy, transport.identity(), offered, supported)?;
         if taken.features & bits(F::VERSION_1) == 0 {
             return Err(StartError::Legacy { offered });

@@ -2,5 +2,8 @@
 
 mod blk;
 mod hostile;
+mod mmio;
+mod model;
+mod pci;
 mod start;
 mod world;
