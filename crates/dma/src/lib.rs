@@ -15,6 +15,8 @@ extern crate alloc;
 
 mod access;
 mod address;
+mod granules;
+mod lock;
 mod mapper;
 mod memory;
 mod ram;
@@ -23,6 +25,8 @@ mod slice;
 
 pub use access::{Access, Fault, FaultReason, Miss, Permission, Stop, Ticket};
 pub use address::{BusAddr, FrontendVa, Gpa};
+pub use granules::Granules;
+pub use lock::{Lock, Locked};
 pub use mapper::{
     Both, Buffer, Coherent, DeviceReads, DeviceWrites, Direction, DmaError, FromDevice, Handover, Mapped, Mapper, Pool,
     Streaming, ToDevice,
