@@ -16,6 +16,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("hostmem", &["dma"]),
     ("device", &["dma", "ring"]),
     ("driver", &["dma", "ring", "policy"]),
+    ("hal", &["dma"]),
     ("vhost-user", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver"]),
     ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver"]),
     ("guests", &[]),
