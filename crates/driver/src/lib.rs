@@ -39,17 +39,24 @@
 
 extern crate alloc;
 
+mod config;
+mod lending;
 mod queue;
 mod registers;
 mod start;
 mod transport;
 
 pub mod blk;
+pub mod console;
 pub mod embedded;
 pub mod mapper;
 pub mod mmio;
+pub mod net;
 pub mod pci;
+pub mod rng;
+pub mod viommu;
 
+pub use lending::{LoanError, LoanId};
 pub use registers::{Registers, Spin, Wait, Waiting};
 pub use ringfence_policy as policy;
 pub use start::{Host, Running, StartError, Started, Wants, start};

@@ -1,9 +1,12 @@
 //! Drivers against devices that are strict, and against devices that lie.
 
 mod blk;
+mod devices;
 mod hostile;
 mod mmio;
 mod model;
 mod pci;
+mod peer;
 mod start;
+mod viommu;
 mod world;
