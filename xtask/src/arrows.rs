@@ -20,7 +20,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("vhost-user", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver"]),
     ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver"]),
     ("guests", &[]),
-    ("bare-metal", &[]),
+    ("bare-metal", &["dma", "driver"]),
     ("ringfence", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver", "vhost-user", "matrix"]),
 ];
 

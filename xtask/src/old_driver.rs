@@ -10,6 +10,7 @@ use ringfence_guests::{Arch, Cache, Error, Guest, Image, Qemu, QemuSource};
 use ringfence_policy::IommuMode;
 
 use crate::Workspace;
+use crate::confined;
 use crate::steps::{Log, Pass, StepResult, cargo, say};
 
 /// The program, and its file beside `ringfence` itself.
@@ -23,12 +24,12 @@ const PAUSE: Duration = Duration::from_millis(20);
 const TAKEN: &str = "0x0000000f";
 const REFUSED: &str = "0x00000003";
 
-/// Where the finished program lies.
-fn program(workspace: &Workspace) -> PathBuf {
-    workspace.target.join("release").join(NAME)
+/// Where a finished program without an operating system lies.
+pub(crate) fn program(workspace: &Workspace, name: &str) -> PathBuf {
+    workspace.target.join("release").join(name)
 }
 
-/// Checks and builds it.
+/// Checks and builds all of them.
 pub(crate) fn build(workspace: &Workspace, log: &mut Log) -> StepResult {
     if !cfg!(all(target_arch = "x86_64", target_os = "linux")) {
         return Ok(Pass::Skipped("it is built with the host's own tools, and those are not x86-64's".to_owned()));
@@ -44,18 +45,20 @@ pub(crate) fn build(workspace: &Workspace, log: &mut Log) -> StepResult {
     run(&["fmt", "--", "--check"])?;
     run(&["clippy", "--release", "--locked", "--", "-D", "warnings"])?;
     run(&["build", "--release", "--locked"])?;
-    let (from, to) = (target.join("release").join(NAME), program(workspace));
-    let at = |error| format!("{}: {error}", to.display());
-    fs::create_dir_all(to.parent().expect("a program is in a folder")).map_err(at)?;
-    fs::copy(&from, &to).map_err(at)?;
-    Ok(Pass::Whole(to.display().to_string()))
+    for name in [NAME, confined::NAME] {
+        let to = program(workspace, name);
+        let at = |error| format!("{}: {error}", to.display());
+        fs::create_dir_all(to.parent().expect("a program is in a folder")).map_err(at)?;
+        fs::copy(target.join("release").join(name), &to).map_err(at)?;
+    }
+    Ok(Pass::Whole(program(workspace, NAME).display().to_string()))
 }
 
 /// Boots it on QEMU's own disk, which is an old device and then a new one: it takes the flag of neither, and is served
 /// by both, for QEMU's refusal is advice that an old driver does not read.
 pub(crate) fn boot(workspace: &Workspace, source: QemuSource, no_skip: bool, log: &mut Log) -> StepResult {
     let progress = |line: &str| say(&format!("    {line}"));
-    let kernel = program(workspace);
+    let kernel = program(workspace, NAME);
     if !kernel.exists() {
         return Ok(Pass::Skipped(format!("there is no {}", kernel.display())));
     }
@@ -88,7 +91,7 @@ fn served(qemu: &Qemu, workspace: &Workspace, offer: &str, status: &str, log: &m
         .arg(format!("driver=file,node-name=disk,filename={}", image.path().display()))
         .args(["-device", &format!("virtio-blk-pci,drive=disk,disable-legacy=on,iommu_platform={offer}")])
         .arg("-kernel")
-        .arg(program(workspace))
+        .arg(program(workspace, NAME))
         .stderr(file.try_clone().map_err(|error| error.to_string())?)
         .stdout(file);
     let ended = wait(&mut command)?;
@@ -116,7 +119,7 @@ fn served(qemu: &Qemu, workspace: &Workspace, offer: &str, status: &str, log: &m
 }
 
 /// Runs QEMU to its end, or for as long as is reasonable.
-fn wait(command: &mut Command) -> Result<ExitStatus, String> {
+pub(crate) fn wait(command: &mut Command) -> Result<ExitStatus, String> {
     let mut child = command.stdin(Stdio::null()).spawn().map_err(|error| format!("cannot start QEMU: {error}"))?;
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
