@@ -17,6 +17,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("device", &["dma", "ring"]),
     ("driver", &["dma", "ring", "policy"]),
     ("hal", &["dma"]),
+    ("vfio", &["dma", "driver"]),
     ("vhost-user", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver"]),
     ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver"]),
     ("guests", &[]),

@@ -14,6 +14,7 @@ mod no_std;
 mod old_driver;
 mod report;
 mod steps;
+mod vfio;
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -60,6 +61,8 @@ enum Task {
     /// A kernel of ours whose devices are behind a virtio-iommu, built into target/release/ringfence-confined and booted
     /// with devices of each kind.
     Confined,
+    /// A user-space driver of ours in a Linux guest, with devices by way of VFIO.
+    Vfio,
     /// The matrix as a page, read in a headless Chromium.
     Report {
         /// Only take a picture of the page with the stored real run, as in docs/report.png.
@@ -121,6 +124,10 @@ fn perform(task: Task) -> Result<bool, String> {
             steps.step("kernels of ours", |log| old_driver::build(workspace, log))?;
             steps.step("confined devices", |log| confined::boot(workspace, QemuSource::Auto, true, log))
         }),
+        Task::Vfio => run(workspace, false, |steps| {
+            steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
+            steps.step("devices by way of VFIO", |log| vfio::boot(workspace, QemuSource::Auto, true, log))
+        }),
         Task::Report { picture: None } => {
             run(workspace, false, |steps| steps.step("the report in a browser", |log| report::run(workspace, log)))
         }
@@ -160,6 +167,8 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     steps.cargo("matrix", &["run", "--release", "-p", "ringfence", "--", "matrix"], &[])?;
     steps.step("the old driver boots", |log| old_driver::boot(workspace, guests.qemu(), guests.no_skip(), log))?;
     steps.step("confined devices", |log| confined::boot(workspace, guests.qemu(), guests.no_skip(), log))?;
+    steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
+    steps.step("devices by way of VFIO", |log| vfio::boot(workspace, guests.qemu(), guests.no_skip(), log))?;
     steps.step("the report in a browser", |log| report::run(workspace, log))?;
     boots(workspace, steps, guests)
 }

@@ -11,7 +11,7 @@ mod capabilities;
 mod function;
 
 pub use capabilities::{Structure, Unusable};
-pub use function::{Bar, Function};
+pub use function::{Bar, BarKind, Function};
 
 use crate::policy::{Identity, Taken};
 use crate::registers::{self, Registers, Wait, Waiting};
