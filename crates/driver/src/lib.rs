@@ -54,6 +54,7 @@ pub mod mmio;
 pub mod net;
 pub mod pci;
 pub mod rng;
+pub mod tasks;
 pub mod viommu;
 
 pub use lending::{LoanError, LoanId};

@@ -201,6 +201,15 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Net<'a, T, M> {
         self.lender.wait(SENDING)
     }
 
+    /// Asks the device to tell of what comes next, for who sleeps until an interrupt. `true`: something has come already,
+    /// so look at [`received`](Self::received) instead of sleeping. What was asked for lasts until the next wait.
+    ///
+    /// # Errors
+    /// [`LoanError::Broken`].
+    pub fn listen(&mut self) -> Result<bool, LoanError<T::Error>> {
+        self.lender.queues[RECEIVING].listen()
+    }
+
     /// The device below.
     pub fn device(&self) -> &Running<'a, T, M> {
         &self.lender.device

@@ -98,6 +98,15 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Rng<'a, T, M> {
         self.lender.wait(REQUESTS)
     }
 
+    /// Asks the device to tell of what comes next, for who sleeps until an interrupt. `true`: something has come already,
+    /// so look at [`poll`](Self::poll) instead of sleeping. What was asked for lasts until the next wait.
+    ///
+    /// # Errors
+    /// [`LoanError::Broken`].
+    pub fn listen(&mut self) -> Result<bool, LoanError<T::Error>> {
+        self.lender.queues[REQUESTS].listen()
+    }
+
     /// The device below.
     pub fn device(&self) -> &Running<'a, T, M> {
         &self.lender.device

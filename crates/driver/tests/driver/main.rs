@@ -8,5 +8,6 @@ mod model;
 mod pci;
 mod peer;
 mod start;
+mod tasks;
 mod viommu;
 mod world;
