@@ -14,15 +14,19 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("iotlb", &["dma"]),
     ("iommu", &["dma"]),
     ("hostmem", &["dma"]),
-    ("device", &["dma", "ring"]),
+    ("device", &["dma", "ring", "hostmem"]),
     ("driver", &["dma", "ring", "policy"]),
     ("hal", &["dma"]),
     ("vfio", &["dma", "driver"]),
     ("vhost-user", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver"]),
-    ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver"]),
+    ("wrap", &["policy", "dma", "ring", "hostmem", "device", "vhost-user"]),
+    ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver", "guests"]),
     ("guests", &[]),
     ("bare-metal", &["dma", "driver"]),
-    ("ringfence", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver", "vhost-user", "matrix"]),
+    (
+        "ringfence",
+        &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver", "vhost-user", "wrap", "matrix"],
+    ),
 ];
 
 /// Compares every manifest with the arrows.

@@ -4,11 +4,12 @@
 use std::fs::{self, File};
 use std::time::Instant;
 
-use ringfence_guests::{Arch, Cache, Error, Guest, Image, Qemu, QemuSource};
+use ringfence_guests::{Arch, Cache, Error, Guest, Image, ImageState, Qemu, QemuSource};
 use ringfence_policy::IommuMode;
 
 use crate::Workspace;
-use crate::old_driver::{program, wait};
+use crate::old_driver::program;
+use crate::patience::wait;
 use crate::steps::{Log, Pass, StepResult, say};
 
 /// The program, and its file beside `ringfence` itself.
@@ -60,7 +61,7 @@ const PLAIN: Cell = Cell {
 };
 
 /// Boots it with each kind of device.
-pub(crate) fn boot(workspace: &Workspace, source: QemuSource, no_skip: bool, log: &mut Log) -> StepResult {
+pub(crate) fn boot(workspace: &Workspace, no_skip: bool, log: &mut Log) -> StepResult {
     let progress = |line: &str| say(&format!("    {line}"));
     let kernel = program(workspace, NAME);
     let Ok(file) = fs::metadata(&kernel) else {
@@ -70,7 +71,7 @@ pub(crate) fn boot(workspace: &Workspace, source: QemuSource, no_skip: bool, log
         return Err(format!("{} has {} bytes, more than {MOST}", kernel.display(), file.len()));
     }
     let cache = Cache::open(&workspace.target.join("guests"), &progress).map_err(|error| error.to_string())?;
-    let qemu = match Qemu::find(&cache, source, &[Arch::Amd64]) {
+    let qemu = match Qemu::find(&cache, QemuSource::Auto, &[Arch::Amd64]) {
         Ok(qemu) => qemu,
         Err(error) if error.is_missing_tool() && !no_skip => return Ok(Pass::Skipped(error.to_string())),
         Err(error) => return Err(error.to_string()),
@@ -129,9 +130,9 @@ impl Cell {
         hold("end", guest.end.as_deref(), self.end)?;
         if self.end != "done" {
             says(self.reason)?;
-            return match image.is_untouched().map_err(|error| error.to_string())? {
-                true => Ok(()),
-                false => Err("the image was written to".to_owned()),
+            return match image.state().map_err(|error| error.to_string())? {
+                ImageState::Untouched => Ok(()),
+                state => Err(format!("the image was written to: {state:?}")),
             };
         }
         hold("SHA-256 of what it read", guest.read.as_deref(), image.initial())?;
@@ -151,9 +152,9 @@ impl Cell {
                 return Err(format!("bus and physical address are both {bus}"));
             }
         }
-        match image.is_as_expected().map_err(|error| error.to_string())? {
-            true => Ok(()),
-            false => Err("the image on the host is not what it wrote".to_owned()),
+        match image.state().map_err(|error| error.to_string())? {
+            ImageState::Written => Ok(()),
+            state => Err(format!("the image on the host is not what it wrote: {state:?}")),
         }
     }
 }

@@ -10,8 +10,10 @@ mod bit33;
 mod browser;
 mod confined;
 mod guests;
+mod instructions;
 mod no_std;
 mod old_driver;
+mod patience;
 mod report;
 mod steps;
 mod vfio;
@@ -21,7 +23,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ringfence_guests::QemuSource;
 
 use crate::guests::GuestArgs;
 use crate::steps::{Run, Steps};
@@ -46,13 +47,19 @@ enum Task {
         #[command(flatten)]
         guests: GuestArgs,
     },
-    /// Real Debian kernels in QEMU with their disk on `ringfence serve blk`.
+    /// Real Debian kernels in QEMU: `ringfence matrix --real`, by default for every platform with `ringfence serve blk`.
     Guests {
         /// Only name the cells.
         #[arg(long)]
         list: bool,
         #[command(flatten)]
         guests: GuestArgs,
+    },
+    /// The fence under load, for long: pages are taken away from a slow disk, stamped, and found unchanged.
+    Stress {
+        /// How many pages each test stamps.
+        #[arg(long, default_value_t = 4_000_000)]
+        pages: u64,
     },
     /// The no_std crates linked into programs that have no std.
     NoStd,
@@ -69,6 +76,8 @@ enum Task {
         #[arg(long, value_name = "FILE")]
         picture: Option<PathBuf>,
     },
+    /// How many instructions a request costs, compared with what it did.
+    Instructions,
     /// Checks that feature bit 33 is named in the policy crate alone.
     Bit33,
 }
@@ -103,36 +112,47 @@ fn perform(task: Task) -> Result<bool, String> {
     let workspace = &Workspace::here();
     Ok(match task {
         Task::Test { keep_going, guests } => {
-            // A word that fits no cell is worth knowing before ten minutes have passed.
+            // A selection of nothing is worth knowing before ten minutes have passed.
             guests.cells()?;
             run(workspace, keep_going, |steps| test(workspace, steps, &guests))
         }
         Task::Guests { list: true, guests } => {
-            guests.cells()?.iter().for_each(|cell| println!("{}", cell.name()));
+            guests.cells()?.iter().for_each(|cell| println!("{cell}"));
             true
         }
         Task::Guests { list: false, guests } => {
             guests.cells()?;
             run(workspace, false, |steps| boots(workspace, steps, &guests))
         }
+        Task::Stress { pages } => run(workspace, false, |steps| {
+            let pages = pages.to_string();
+            steps.cargo(
+                "the fence under load",
+                &["test", "--release", "-p", "ringfence", "--test", "fence", "--", "--nocapture", "--test-threads=1"],
+                &[("RINGFENCE_STRESS_PAGES", &pages)],
+            )
+        }),
         Task::NoStd => run(workspace, false, |steps| steps.step("no_std builds", |log| no_std::run(workspace, log))),
         Task::OldDriver => run(workspace, false, |steps| {
             steps.step("the old driver", |log| old_driver::build(workspace, log))?;
-            steps.step("the old driver boots", |log| old_driver::boot(workspace, QemuSource::Auto, true, log))
+            boots(workspace, steps, &GuestArgs::old_driver())
         }),
         Task::Confined => run(workspace, false, |steps| {
             steps.step("kernels of ours", |log| old_driver::build(workspace, log))?;
-            steps.step("confined devices", |log| confined::boot(workspace, QemuSource::Auto, true, log))
+            steps.step("confined devices", |log| confined::boot(workspace, true, log))
         }),
         Task::Vfio => run(workspace, false, |steps| {
             steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
-            steps.step("devices by way of VFIO", |log| vfio::boot(workspace, QemuSource::Auto, true, log))
+            steps.step("devices by way of VFIO", |log| vfio::boot(workspace, true, log))
         }),
         Task::Report { picture: None } => {
             run(workspace, false, |steps| steps.step("the report in a browser", |log| report::run(workspace, log)))
         }
         Task::Report { picture: Some(path) } => {
             run(workspace, false, |steps| steps.step("a picture", |log| report::picture(workspace, log, &path)))
+        }
+        Task::Instructions => {
+            run(workspace, false, |steps| steps.step("instructions", |log| instructions::run(workspace, log)))
         }
         Task::Bit33 => run(workspace, false, |steps| steps.step("bit 33", |_| bit33::run(workspace))),
     })
@@ -165,10 +185,10 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     )?;
     steps.cargo("demo", &["run", "--release", "-p", "ringfence", "--", "demo"], &[])?;
     steps.cargo("matrix", &["run", "--release", "-p", "ringfence", "--", "matrix"], &[])?;
-    steps.step("the old driver boots", |log| old_driver::boot(workspace, guests.qemu(), guests.no_skip(), log))?;
-    steps.step("confined devices", |log| confined::boot(workspace, guests.qemu(), guests.no_skip(), log))?;
+    steps.step("instructions a request", |log| instructions::run(workspace, log))?;
+    steps.step("confined devices", |log| confined::boot(workspace, guests.no_skip(), log))?;
     steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
-    steps.step("devices by way of VFIO", |log| vfio::boot(workspace, guests.qemu(), guests.no_skip(), log))?;
+    steps.step("devices by way of VFIO", |log| vfio::boot(workspace, guests.no_skip(), log))?;
     steps.step("the report in a browser", |log| report::run(workspace, log))?;
     boots(workspace, steps, guests)
 }

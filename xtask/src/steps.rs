@@ -52,15 +52,23 @@ impl Log {
 
     /// Runs `command` with its output in the log; an error names its status.
     pub(crate) fn run(&mut self, command: &mut Command) -> Result<(), String> {
+        let errors = self.handle()?;
+        self.run_aloud(command.stderr(errors))
+    }
+
+    /// The same, with what it writes to standard error where the command has it, by default on the terminal.
+    pub(crate) fn run_aloud(&mut self, command: &mut Command) -> Result<(), String> {
         let program = command.get_program().to_string_lossy().into_owned();
-        let clone = || self.file.try_clone().map_err(|error| format!("{}: {error}", self.path.display()));
         let status = command
             .stdin(Stdio::null())
-            .stdout(clone()?)
-            .stderr(clone()?)
+            .stdout(self.handle()?)
             .status()
             .map_err(|error| format!("cannot start {program}: {error}"))?;
         if status.success() { Ok(()) } else { Err(format!("{program}: {status}")) }
+    }
+
+    fn handle(&self) -> Result<File, String> {
+        self.file.try_clone().map_err(|error| format!("{}: {error}", self.path.display()))
     }
 }
 

@@ -5,11 +5,11 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use ringfence_guests::{Arch, Cache, Error, Guest, Image, Initramfs, KernelSeries, Qemu, QemuSource};
+use ringfence_guests::{Arch, Cache, Error, Guest, Image, ImageState, Initramfs, KernelSeries, Qemu, QemuSource};
 use ringfence_policy::IommuMode;
 
 use crate::Workspace;
-use crate::old_driver::wait;
+use crate::patience::wait;
 use crate::steps::{Log, Pass, StepResult, cargo, say};
 
 /// The program: static, for there is nothing else in the guest.
@@ -99,7 +99,7 @@ fn program(workspace: &Workspace) -> PathBuf {
 }
 
 /// Boots it with each IOMMU and kind of device.
-pub(crate) fn boot(workspace: &Workspace, source: QemuSource, no_skip: bool, log: &mut Log) -> StepResult {
+pub(crate) fn boot(workspace: &Workspace, no_skip: bool, log: &mut Log) -> StepResult {
     let progress = |line: &str| say(&format!("    {line}"));
     let program = program(workspace);
     if !program.exists() {
@@ -107,7 +107,7 @@ pub(crate) fn boot(workspace: &Workspace, source: QemuSource, no_skip: bool, log
     }
     let text = |error: Error| error.to_string();
     let cache = Cache::open(&workspace.target.join("guests"), &progress).map_err(text)?;
-    let qemu = match Qemu::find(&cache, source, &[Arch::Amd64]) {
+    let qemu = match Qemu::find(&cache, QemuSource::Auto, &[Arch::Amd64]) {
         Ok(qemu) => qemu,
         Err(error) if error.is_missing_tool() && !no_skip => return Ok(Pass::Skipped(error.to_string())),
         Err(error) => return Err(error.to_string()),
@@ -168,9 +168,9 @@ impl Cell {
         hold("end", guest.end.as_deref(), self.end)?;
         if self.end == "refused" {
             says("it appears to be behind an IOMMU and does not offer")?;
-            return match image.is_untouched().map_err(|error| error.to_string())? {
-                true => Ok(()),
-                false => Err("the image was written to".to_owned()),
+            return match image.state().map_err(|error| error.to_string())? {
+                ImageState::Untouched => Ok(()),
+                state => Err(format!("the image was written to: {state:?}")),
             };
         }
         hold("SHA-256 of what it read", guest.read.as_deref(), image.initial())?;
@@ -195,9 +195,9 @@ impl Cell {
                 return Err(format!("the kernel told of no fault at {wrong:?}, but {fault:?}"));
             }
         }
-        match image.is_as_expected().map_err(|error| error.to_string())? {
-            true => Ok(()),
-            false => Err("the image on the host is not what it wrote".to_owned()),
+        match image.state().map_err(|error| error.to_string())? {
+            ImageState::Written => Ok(()),
+            state => Err(format!("the image on the host is not what it wrote: {state:?}")),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The block device (§5.2).
 
-use crate::storage::{Durability, Operation, Started, Storage, StorageQueue};
-use crate::{Device, Handler, Outcome, Pieces, Request, Token, Unreachable};
+use crate::storage::{Came, Durability, Operation, Started, Storage, StorageQueue};
+use crate::{Back, Device, Handler, Outcome, Pieces, Request, Token, Unreachable};
 use ringfence_dma::DetachedSlice;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -105,7 +105,7 @@ impl Device for Blk {
             capacity: geometry.capacity,
             read_only: geometry.read_only,
             durability,
-            results: vec![Ended { written: 0, status: Status::Ok }; usize::from(depth)],
+            pending: vec![Pending::default(); usize::from(depth)],
             data: Vec::new(),
             id: id_bytes(&self.options.serial),
         }))
@@ -188,6 +188,37 @@ struct Ended {
     status: Status,
 }
 
+/// What is known of a request that is pending.
+#[derive(Clone, Copy, Debug)]
+struct Pending {
+    /// How long its two parts are.
+    readable: u32,
+    writable: u32,
+    data: Data,
+    /// How many bytes of the data are done.
+    done: u32,
+    /// How it ends, or ended.
+    ended: Ended,
+}
+
+impl Default for Pending {
+    fn default() -> Self {
+        let ended = Ended { written: 0, status: Status::Ok };
+        Self { readable: 0, writable: 0, data: Data::Settled, done: 0, ended }
+    }
+}
+
+/// What storage still has to do with a request's data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Data {
+    /// Nothing: it needs no more, or never had any.
+    Settled,
+    /// It fills the writable part.
+    Read,
+    /// It takes from the readable part, behind the header.
+    Write,
+}
+
 /// A request as its header and lengths tell it, checked against the disk.
 enum Task {
     Read { offset: u64, len: u32 },
@@ -203,8 +234,8 @@ struct BlkQueue {
     capacity: u64,
     read_only: bool,
     durability: Durability,
-    /// By token: how a request that was pending ended.
-    results: Vec<Ended>,
+    /// By token.
+    pending: Vec<Pending>,
     /// The pieces of the request being started; kept for its capacity.
     data: Vec<DetachedSlice>,
     id: [u8; 20],
@@ -237,19 +268,56 @@ impl Handler for BlkQueue {
         }
     }
 
-    fn completed(&mut self, done: &mut Vec<Token>) {
-        let results = &mut self.results;
-        self.storage.completed(&mut |token, result| {
-            let ended = &mut results[usize::from(token)];
-            if let Err(error) = result {
-                *ended = Ended { written: 0, status: status_of(&error) };
+    fn completed(&mut self, back: &mut Vec<Back>) {
+        let pending = &mut self.pending;
+        self.storage.completed(&mut |token, came| {
+            let pending = &mut pending[usize::from(token)];
+            match came {
+                Came::Data { done } => pending.done = done as u32,
+                Came::End(Ok(())) => pending.data = Data::Settled,
+                Came::End(Err(error)) => {
+                    pending.data = Data::Settled;
+                    pending.ended = Ended { written: 0, status: status_of(&error) };
+                }
             }
-            done.push(token);
+            // The status goes into the last byte.
+            let (readable_from, writable_from) = match pending.data {
+                Data::Settled => (pending.readable, pending.writable - 1),
+                Data::Read => (pending.readable, pending.done),
+                Data::Write => (HEADER + pending.done, pending.writable - 1),
+            };
+            back.push(Back { token, readable_from, writable_from });
         });
     }
 
-    fn finish(&mut self, token: Token, request: &Request<'_>) -> u32 {
-        end(request.writable, self.results[usize::from(token)])
+    fn go_on(&mut self, token: Token, request: &Request<'_>) -> Outcome {
+        let Pending { data, done, ended, .. } = self.pending[usize::from(token)];
+        self.data.clear();
+        match data {
+            Data::Settled => return Outcome::Done(end(request.writable, ended)),
+            Data::Read => request.writable.extract(done, request.writable.len() - 1 - done, &mut self.data),
+            Data::Write => {
+                let at = HEADER + done;
+                request.readable.extract(at, request.readable.len() - at, &mut self.data)
+            }
+        };
+        // SAFETY: the pieces are those of `request`, which are good until this returns.
+        let started = unsafe { self.storage.go_on(token, &self.data) };
+        self.outcome(token, started, data, ended, request)
+    }
+
+    fn forget(&mut self, token: Token) {
+        if self.pending[usize::from(token)].data != Data::Settled {
+            self.storage.forget(token);
+        }
+    }
+
+    fn cancel(&mut self, token: Token) {
+        self.storage.cancel(token);
+    }
+
+    fn abandon(&mut self) {
+        self.storage.abandon();
     }
 
     fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -326,30 +394,38 @@ impl BlkQueue {
 
     fn begin(&mut self, token: Token, task: Task, request: &Request<'_>) -> Outcome {
         self.data.clear();
-        let (operation, written) = match task {
+        let (operation, data, written) = match task {
             Task::Read { offset, len } => {
                 request.writable.extract(0, len, &mut self.data);
-                (Operation::Read { offset }, len)
+                (Operation::Read { offset }, Data::Read, len)
             }
             Task::Write { offset, len } => {
                 request.readable.extract(HEADER, len, &mut self.data);
-                (Operation::Write { offset, durability: self.durability }, 0)
+                (Operation::Write { offset, durability: self.durability }, Data::Write, 0)
             }
-            Task::Flush => (Operation::Flush, 0),
+            Task::Flush => (Operation::Flush, Data::Settled, 0),
             Task::Id => return Outcome::Done(self.identify(request.writable)),
-            Task::Discard { offset, len } => (Operation::Discard { offset, len }, 0),
-            Task::WriteZeroes { offset, len, unmap } => (Operation::WriteZeroes { offset, len, unmap }, 0),
+            Task::Discard { offset, len } => (Operation::Discard { offset, len }, Data::Settled, 0),
+            Task::WriteZeroes { offset, len, unmap } => {
+                (Operation::WriteZeroes { offset, len, unmap }, Data::Settled, 0)
+            }
         };
         let ended = Ended { written, status: Status::Ok };
-        // SAFETY: the pieces are those of `request`, which stays leased until it was answered as done here or its
-        // token went through `completed`: that is what `Pending` means to the queue that called.
-        match unsafe { self.storage.start(token, operation, &self.data) } {
+        // SAFETY: the pieces are those of `request`, which are good until this returns.
+        let started = unsafe { self.storage.start(token, operation, &self.data) };
+        self.outcome(token, started, data, ended, request)
+    }
+
+    #[inline]
+    fn outcome(&mut self, token: Token, started: Started, data: Data, ended: Ended, request: &Request<'_>) -> Outcome {
+        match started {
             Started::Done(Ok(())) => Outcome::Done(end(request.writable, ended)),
             Started::Done(Err(error)) => {
                 Outcome::Done(end(request.writable, Ended { written: 0, status: status_of(&error) }))
             }
             Started::Pending => {
-                self.results[usize::from(token)] = ended;
+                let (readable, writable) = (request.readable.len(), request.writable.len());
+                self.pending[usize::from(token)] = Pending { readable, writable, data, done: 0, ended };
                 Outcome::Pending
             }
         }

@@ -13,5 +13,5 @@ pub mod queue;
 pub mod storage;
 pub mod worker;
 
-pub use device::{Device, Handler, Outcome, Token};
+pub use device::{Back, Device, Handler, Outcome, Token};
 pub use request::{Pieces, Request, Unreachable};

@@ -1,11 +1,15 @@
 //! The engine that serves one queue of any device: it takes chains off the ring, has them translated, hands them to
 //! the device's [`Handler`], and puts what is used back.
 //!
-//! A chain that lacks a translation waits aside and holds no lease, so that it stops neither its neighbours nor whoever
+//! A chain that lacks a translation waits aside and holds nothing, so that it stops neither its neighbours nor whoever
 //! takes translations away; everything it lacks has been asked for at once. A chain that touches what it must not is
 //! failed alone. A chain that breaks the rules of rings stops the queue.
+//!
+//! Nor does a chain hold anything that the device has under way: the device has its memory for as long as a visit, and
+//! what it touches when it is done is translated again then, down to the status byte. So an invalidation waits for a
+//! visit and never for a disk.
 
-use crate::{Handler, Outcome, Pieces, Request, Token, Unreachable};
+use crate::{Back, Handler, Outcome, Pieces, Request, Token, Unreachable};
 use ringfence_dma::{
     Access, BusAddr, DetachedSlice, Fault, FaultReason, Memory, Miss, Stop, Ticket, Visit, copy_to_bus,
 };
@@ -18,6 +22,14 @@ use std::os::fd::BorrowedFd;
 const TURN_REQUESTS: usize = 64;
 const TURN_BYTES: u64 = 1 << 20;
 
+/// So many requests are taken off the ring at once, so that the memory of all of them is on its way here before the first
+/// is looked at.
+const BATCH: usize = 8;
+
+/// So many are shown to the driver at once: it goes on with them while the turn does. With fewer the two sides take the
+/// used index from each other all the time, with more the driver of a short queue has nothing to do until the turn ends.
+const SHOWN: usize = 16;
+
 /// Most translations that one chain asks for at a time: a driver may describe 4 GiB with one descriptor, and what asks
 /// its VMM for each page of that keeps the VMM from everything else.
 const MISSES_AT_ONCE: usize = 1024;
@@ -28,11 +40,11 @@ const PIECES_KEPT: usize = 1024;
 /// One queue of a device, being served from one thread.
 pub struct Queue<M: Memory> {
     ring: DeviceQueue,
-    // Before the memory, also when a panic drops all of it: a handler waits for what it has under way.
-    handler: Box<dyn Handler>,
+    // Before the handler, also when a panic drops all of it: a handler waits for what it has under way.
     memory: M,
+    handler: Box<dyn Handler>,
     report: Box<dyn Report>,
-    requests: Requests<M::Lease>,
+    requests: Requests,
 }
 
 /// Who is told of accesses that were not let through. May be called often: limiting the rate is its business.
@@ -67,7 +79,9 @@ pub enum Broken {
 pub struct Stopped {
     /// Where to go on in the ring.
     pub position: Position,
+    /// Chains that start anew, those among them that the device had and was not done with.
     waiting: Vec<Chain>,
+    /// Chains that are done and that the driver was not told of.
     finished: Vec<(Head, u32)>,
 }
 
@@ -83,6 +97,10 @@ impl Stopped {
     }
 }
 
+/// What a queue that stopped leaves of its device: the requests that were given up and are not over. Dropping it waits
+/// for them, for as long as that takes; none of the queue's memory is touched any more.
+pub struct Leftover(#[expect(dead_code, reason = "held for its destructor")] Box<dyn Handler>);
+
 impl<M: Memory> Queue<M> {
     /// A queue over `ring` with up to `depth` requests under way, which goes on with what `stopped` left.
     pub fn new(
@@ -93,58 +111,71 @@ impl<M: Memory> Queue<M> {
         report: Box<dyn Report>,
         stopped: Stopped,
     ) -> Self {
-        Self { ring, handler, memory, report, requests: Requests::new(depth, stopped) }
+        let requests = Requests { in_order: handler.is_in_order(), ..Requests::new(depth, stopped) };
+        Self { ring, handler, memory, report, requests }
     }
 
-    /// Does what there is to do, up to a bounded amount, and never waits. `news`: translations may have arrived since
-    /// the last turn, so chains that wait for some are tried again.
+    /// Does what there is to do, up to a bounded amount, and never waits. Chains that wait for translations are tried
+    /// again as `look` says.
     ///
     /// # Errors
     /// [`Broken`] stops the queue for good; what is under way still completes by [`Queue::drain`].
-    pub fn turn(&mut self, news: bool) -> Result<Turn, Broken> {
+    pub fn turn(&mut self, look: Look) -> Result<Turn, Broken> {
+        let turn = self.visit(look);
+        // After the visit: handing on is a system call, and a file system may take its time for it.
+        self.handler.submit();
+        turn
+    }
+
+    #[inline]
+    fn visit(&mut self, look: Look) -> Result<Turn, Broken> {
         let Self { ring, memory, handler, report, requests } = self;
         let visit = memory.visit();
         let mut ring = ring.open(&visit);
         requests.ring_waits = false;
-        let mut turn = Turn { worked: requests.collect(&visit, &mut **handler), notify: false };
-
         let mut server = Server { visit: &visit, handler: &mut **handler, report: &mut **report };
-        if news || requests.retry_more {
-            turn.worked |= requests.retry(&mut server)?;
+        let mut turn = Turn { worked: requests.collect(&mut server), notify: false };
+
+        // Room may have come about; whoever lacks it is tried before anything new is taken.
+        let room = if std::mem::take(&mut requests.full) { Look::Quick } else { Look::Not };
+        let look = look.max(requests.look).max(room);
+        if look > Look::Not {
+            turn.worked |= requests.retry(&mut server, look)?;
         }
         let mut bytes = 0;
-        for _ in 0..TURN_REQUESTS {
-            let Some(&token) = requests.free.last() else { break };
-            match ring.pop(&mut requests.slots[usize::from(token)].chain) {
-                Ok(true) => {}
-                Ok(false) => break,
-                Err(stop) => {
-                    wait_or_break(stop, &mut requests.ring_waits)?;
-                    break;
-                }
+        for _ in 0..TURN_REQUESTS / BATCH {
+            if requests.full {
+                break;
             }
-            turn.worked = true;
-            requests.admit(&mut server, token)?;
-            bytes += requests.slots[usize::from(token)].len();
-            if bytes >= TURN_BYTES {
+            let (fetched, met) = requests.fetch(&visit, &mut ring);
+            turn.worked |= !fetched.is_empty();
+            for &token in &fetched {
+                requests.admit(&mut server, token)?;
+                bytes += requests.slots[usize::from(token)].len();
+            }
+            if requests.finished.len() >= SHOWN {
+                requests.publish(&mut ring)?;
+            }
+            if met? == Met::End || bytes >= TURN_BYTES {
                 break;
             }
         }
-        server.handler.submit();
-
-        turn.notify = requests.publish(&mut ring)?;
+        requests.publish(&mut ring)?;
+        turn.notify = requests.needs_notification(&mut ring)?;
         Ok(turn)
     }
 
-    /// Asks the driver to say when it makes something available. `true`: it already has, so there is another turn to
-    /// take before sleeping.
+    /// Asks the driver to say when it makes something available, and the device when it completes something. `true`: one
+    /// already has, so there is another turn to take before sleeping.
     ///
     /// # Errors
     /// As [`Queue::turn`].
     pub fn listen(&mut self) -> Result<bool, Broken> {
+        let completed = self.requests.under_way > 0 && self.handler.listen();
         let visit = self.memory.visit();
         let waits = &mut self.requests.ring_waits;
-        self.ring.open(&visit).enable_notifications().or_else(|stop| wait_or_break(stop, waits).map(|()| false))
+        let available = self.ring.open(&visit).enable_notifications();
+        available.or_else(|stop| wait_or_break(stop, waits).map(|()| false)).map(|available| available || completed)
     }
 
     /// Tells the driver that it need not say so.
@@ -159,7 +190,7 @@ impl<M: Memory> Queue<M> {
 
     /// Whether something waits for translations: worth another try even if no news come.
     pub fn is_waiting(&self) -> bool {
-        !self.requests.waiting.is_empty() || self.requests.ring_waits
+        !self.requests.waiting.is_empty() || !self.requests.back.is_empty() || self.requests.ring_waits
     }
 
     /// Whether the ring itself lacks a translation: then there may be chains, and none can be taken.
@@ -172,14 +203,51 @@ impl<M: Memory> Queue<M> {
         self.requests.under_way
     }
 
-    /// Brings requests under way closer to their end without taking new ones; `true` when none is left.
+    /// Brings requests under way closer to their end without taking new ones; `true` when none is left. Those that come
+    /// back and lack a translation wait, for a queue that goes on from here.
     pub fn drain(&mut self) -> bool {
-        let Self { memory, handler, requests, .. } = self;
+        let Self { memory, handler, report, requests, .. } = self;
         let visit = memory.visit();
-        handler.submit();
-        requests.collect(&visit, &mut **handler);
+        requests.collect(&mut Server { visit: &visit, handler: &mut **handler, report: &mut **report });
         drop(visit);
-        requests.under_way == 0
+        handler.submit();
+        requests.under_way == 0 && requests.back.is_empty()
+    }
+
+    /// Takes back what the device has not begun, before the queue is drained.
+    pub fn recall(&mut self) {
+        let mut unbegun = Vec::new();
+        self.handler.recall(&mut unbegun);
+        for token in unbegun {
+            let slot = &mut self.requests.slots[usize::from(token)];
+            assert!(slot.stage == Stage::UnderWay, "the device gave back token {token}, which it did not have");
+            slot.stage = Stage::New;
+            self.requests.under_way -= 1;
+            self.requests.waiting.push_back(token);
+        }
+    }
+
+    /// Asks for everything that is under way to be given up.
+    pub fn cancel(&mut self) {
+        for (token, slot) in self.requests.slots.iter().enumerate() {
+            if slot.stage == Stage::UnderWay {
+                self.handler.cancel(token as Token);
+            }
+        }
+    }
+
+    /// Whether the device still has something, after [`Queue::cancel`]. What it lets go of is not looked at: the queue
+    /// that goes on from here starts it anew.
+    pub fn is_under_way(&mut self) -> bool {
+        let Requests { slots, back, under_way, .. } = &mut self.requests;
+        let known = back.len();
+        self.handler.submit();
+        self.handler.completed(back);
+        for back in &back[known..] {
+            slots[usize::from(back.token)].stage = Stage::Back { readable_from: 0, writable_from: 0 };
+            *under_way -= 1;
+        }
+        *under_way > 0
     }
 
     /// Becomes readable when a request under way is done.
@@ -193,19 +261,43 @@ impl<M: Memory> Queue<M> {
     /// As [`Queue::turn`].
     pub fn flush(&mut self) -> Result<bool, Broken> {
         let visit = self.memory.visit();
-        self.requests.publish(&mut self.ring.open(&visit))
+        let mut ring = self.ring.open(&visit);
+        self.requests.publish(&mut ring)?;
+        self.requests.needs_notification(&mut ring)
     }
 
-    /// Ends the queue, which has been drained. What is done and could not be told the driver is kept.
-    pub fn stop(self) -> Stopped {
-        assert_eq!(self.requests.under_way, 0, "a queue stops when it is drained");
-        let Requests { slots, waiting, finished, .. } = self.requests;
-        let mut slots = Vec::from(slots);
-        Stopped {
-            position: self.ring.position(),
-            waiting: waiting.iter().map(|&token| std::mem::take(&mut slots[usize::from(token)].chain)).collect(),
-            finished: finished.into(),
+    /// Tells whoever is told of faults that `broken` is one.
+    pub fn report(&mut self, broken: &Broken) {
+        if let Broken::Fault(fault) = broken {
+            self.report.fault(*fault);
         }
+    }
+
+    /// Ends the queue: it touches no memory any more. What is done and could not be told the driver is kept, and what
+    /// the device still has is given up, to be started anew by whoever goes on from here.
+    pub fn stop(self) -> (Stopped, Leftover) {
+        let Self { ring, mut handler, memory, requests, .. } = self;
+        drop(memory);
+        let Requests { slots, free, mut unpublished, finished, under_way, .. } = requests;
+        let mut is_free = vec![false; slots.len()];
+        free.iter().for_each(|&token| is_free[usize::from(token)] = true);
+        let mut waiting = Vec::new();
+        for (token, slot) in Vec::from(slots).into_iter().enumerate() {
+            if is_free[token] {
+                continue;
+            }
+            if let Stage::Back { .. } = slot.stage {
+                handler.forget(token as Token);
+            }
+            waiting.push(slot.chain);
+        }
+        if under_way > 0 {
+            handler.abandon();
+        }
+        // The driver does not see them yet, so they are pushed again, from where it sees the ring to be.
+        unpublished.extend(finished);
+        let position = ring.published();
+        (Stopped { position, waiting, finished: unpublished }, Leftover(handler))
     }
 }
 
@@ -221,44 +313,87 @@ fn wait_or_break(stop: RingStop, ring_waits: &mut bool) -> Result<(), Broken> {
     }
 }
 
+/// How a queue looks at the chains that wait for translations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Look {
+    /// Not at all.
+    #[default]
+    Not,
+    /// Quickly, after news: those whose last question seems to be answered are tried again.
+    Quick,
+    /// All of them are tried again, now and then: an answer may be taken away again before anybody has seen it.
+    Thorough,
+}
+
 /// Everything that was taken off the ring and is not back on it.
-struct Requests<L> {
-    slots: Box<[Slot<L>]>,
+struct Requests {
+    slots: Box<[Slot]>,
     free: Vec<Token>,
     /// Chains without all of their translations, in order of arrival.
     waiting: VecDeque<Token>,
+    /// Chains that came back from the device and were not looked at yet.
+    back: Vec<Back>,
     /// Chains that are done and not on the used ring yet.
     finished: VecDeque<(Head, u32)>,
-    unpublished: bool,
+    /// Chains on the used ring that the driver can't see yet: an index, or flags, could not be reached.
+    unpublished: Vec<(Head, u32)>,
+    /// The driver can see some that it was not asked about yet whether it wants to be told of them.
+    untold: bool,
     /// The last time something of the ring was wanted, its translation was missing.
     ring_waits: bool,
     /// Not all waiting chains were tried again that could have been.
-    retry_more: bool,
+    look: Look,
+    /// The device has no room for the oldest chain that is ready: none that came later is offered to it.
+    full: bool,
+    /// None overtakes another.
+    in_order: bool,
     under_way: usize,
-    /// Kept for its capacity.
-    done: Vec<Token>,
 }
 
 /// A chain on its way, by token.
-struct Slot<L> {
+struct Slot {
     chain: Chain,
     readable: Vec<DetachedSlice>,
     writable: Vec<DetachedSlice>,
+    stage: Stage,
     /// When its first missing translation was asked for.
     asked: Option<Ticket>,
     /// What it was last seen to lack.
     lacks: Option<Lack>,
-    /// Held while the device has the request.
-    lease: Option<L>,
+}
+
+/// How far a chain is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// The device has not seen it.
+    New,
+    /// The device has it, and none of its memory.
+    UnderWay,
+    /// The device has done what it could without its memory, and needs this much of it.
+    Back { readable_from: u32, writable_from: u32 },
 }
 
 /// What a chain waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lack {
-    /// A translation that was asked for: the last of several, because answers come in the order of questions.
-    Asked(BusAddr, Access),
+    /// A translation that was asked for: the last of several, because answers come in the order of questions. And
+    /// [`Visit::verdicts`] before.
+    Asked(BusAddr, Access, u64),
     /// One that there was no place to ask for.
     Unasked,
+    /// Room in the device.
+    Room,
+    /// Nothing, and others come first.
+    Turn,
+}
+
+/// Whether a chain is the next to go on where none may overtake another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// It is, or that is no matter.
+    First,
+    /// Another one is before it.
+    Behind,
 }
 
 /// Those a chain meets on its way to the device.
@@ -268,13 +403,51 @@ struct Server<'t, V> {
     report: &'t mut dyn Report,
 }
 
-enum Served<L> {
-    Done(u32),
-    UnderWay(L),
-    Waiting,
+/// Why [`Requests::fetch`] came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Met {
+    /// With as many chains as it takes.
+    Full,
+    /// There are no more for now, or no place for them.
+    End,
 }
 
-impl<L> Requests<L> {
+/// A few tokens.
+#[derive(Default)]
+struct Batch {
+    tokens: [Token; BATCH],
+    len: usize,
+}
+
+impl Batch {
+    fn push(&mut self, token: Token) {
+        self.tokens[self.len] = token;
+        self.len += 1;
+    }
+
+    fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl<'b> IntoIterator for &'b Batch {
+    type Item = &'b Token;
+    type IntoIter = std::slice::Iter<'b, Token>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.tokens[..self.len].iter()
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Served {
+    Done(u32),
+    UnderWay,
+    Waiting,
+    NoRoom,
+}
+
+impl Requests {
     fn new(depth: u16, stopped: Stopped) -> Self {
         let mut waiting = stopped.waiting.into_iter();
         let finished = stopped.finished.into();
@@ -284,66 +457,99 @@ impl<L> Requests<L> {
                 chain: waiting.next().unwrap_or_default(),
                 readable: Vec::new(),
                 writable: Vec::new(),
+                stage: Stage::New,
                 asked: None,
                 lacks: None,
-                lease: None,
             })
             .collect();
         Self {
             slots,
             free: (restored..depth).rev().collect(),
             waiting: (0..restored).collect(),
+            back: Vec::new(),
             finished,
-            unpublished: false,
+            unpublished: Vec::new(),
+            untold: false,
             ring_waits: false,
-            retry_more: false,
+            look: Look::Not,
+            full: false,
+            in_order: false,
             under_way: 0,
-            done: Vec::with_capacity(depth.into()),
         }
     }
 
-    /// Takes over what the device has completed; `true` if there was something.
-    fn collect<V: Visit<Lease = L>>(&mut self, visit: &V, handler: &mut dyn Handler) -> bool {
-        if self.under_way == 0 {
+    /// Takes over what the device has done; `true` if there was something.
+    fn collect<V: Visit>(&mut self, server: &mut Server<'_, V>) -> bool {
+        if self.under_way == 0 && self.back.is_empty() {
             return false;
         }
-        handler.completed(&mut self.done);
-        let some = !self.done.is_empty();
-        for token in self.done.drain(..) {
+        let known = self.back.len();
+        server.handler.completed(&mut self.back);
+        for &Back { token, readable_from, writable_from } in &self.back[known..] {
             let slot = &mut self.slots[usize::from(token)];
-            let lease = slot.lease.take().expect("the device completed a request that it had");
-            // SAFETY: `lease`, dropped below, covers every piece.
-            let written = handler.finish(token, &unsafe { slot.request() });
-            drop(lease);
-            slot.release(visit);
+            assert!(slot.stage == Stage::UnderWay, "the device gave back token {token}, which it did not have");
+            slot.stage = Stage::Back { readable_from, writable_from };
+            (slot.asked, slot.lacks) = (None, None);
             self.under_way -= 1;
-            self.finished.push_back((slot.chain.head(), written));
-            self.free.push(token);
         }
-        some
+        let (mut count, mut bytes) = (0, 0);
+        while bytes < TURN_BYTES
+            && let Some(&Back { token, .. }) = self.back.get(count)
+        {
+            count += 1;
+            let slot = &mut self.slots[usize::from(token)];
+            bytes += slot.len();
+            let served = slot.proceed(server, token, Place::First);
+            if self.in_order && matches!(served, Served::Waiting) {
+                count -= 1;
+                self.ask_behind(server.visit, count + 1);
+                break;
+            }
+            if !self.settle(server.visit, token, served) {
+                self.free.push(token);
+            }
+        }
+        self.back.drain(..count);
+        count > 0
+    }
+
+    /// The chain before those at `from` waits, and they with it. What they lack is asked for now and not one by one.
+    fn ask_behind<V: Visit>(&mut self, visit: &V, from: usize) {
+        for &Back { token, readable_from, writable_from } in &self.back[from..] {
+            let slot = &mut self.slots[usize::from(token)];
+            if let Err(Stop::Miss(miss)) = slot.translate(visit, readable_from, writable_from) {
+                slot.wait(miss);
+            }
+        }
     }
 
     /// Tries the chains again that wait for translations, oldest first; `true` if one got further.
-    fn retry<V: Visit<Lease = L>>(&mut self, server: &mut Server<'_, V>) -> Result<bool, Broken> {
+    fn retry<V: Visit>(&mut self, server: &mut Server<'_, V>, look: Look) -> Result<bool, Broken> {
         let mut some = false;
         let mut at = 0;
         let mut bytes = 0;
-        self.retry_more = false;
+        self.look = Look::Not;
         while let Some(&token) = self.waiting.get(at) {
             if bytes >= TURN_BYTES {
-                self.retry_more = true;
+                self.look = self.look.max(look);
                 break;
             }
             let slot = &mut self.slots[usize::from(token)];
-            if slot.still_lacks(server.visit) {
+            let barred = self.full && slot.stage == Stage::New;
+            if barred || look < Look::Thorough && slot.still_lacks(server.visit) {
                 at += 1;
                 continue;
             }
             bytes += slot.len();
-            match slot.serve(server, token)? {
+            let place = if self.in_order && at > 0 { Place::Behind } else { Place::First };
+            match slot.serve(server, token, place)? {
                 // No more can be asked for now, by the younger ones either.
                 Served::Waiting if slot.lacks == Some(Lack::Unasked) => break,
                 Served::Waiting => at += 1,
+                Served::NoRoom => {
+                    self.full = true;
+                    at += 1;
+                }
                 served => {
                     some = true;
                     self.waiting.remove(at);
@@ -356,34 +562,92 @@ impl<L> Requests<L> {
         Ok(some)
     }
 
-    /// Serves the chain just popped into the slot of `token`, the last of the free ones.
-    fn admit<V: Visit<Lease = L>>(&mut self, server: &mut Server<'_, V>, token: Token) -> Result<(), Broken> {
-        let slot = &mut self.slots[usize::from(token)];
-        (slot.asked, slot.lacks) = (None, None);
-        let served = slot.serve(server, token)?;
-        if self.settle(server.visit, token, served) {
+    /// Takes a few chains off the ring and has what they describe brought near: first the tables of those that have one,
+    /// then where the device will look first and last. Their tokens, and why there are no more.
+    #[inline]
+    fn fetch<V: Visit>(&mut self, visit: &V, ring: &mut OpenQueue<'_, '_, V>) -> (Batch, Result<Met, Broken>) {
+        let mut fetched = Batch::default();
+        let mut met = Ok(Met::Full);
+        while fetched.len < BATCH {
+            let Some(&token) = self.free.last() else {
+                met = Ok(Met::End);
+                break;
+            };
+            let slot = &mut self.slots[usize::from(token)];
+            match ring.pop(&mut slot.chain) {
+                Ok(true) => {}
+                Ok(false) => {
+                    met = Ok(Met::End);
+                    break;
+                }
+                Err(stop) => {
+                    met = wait_or_break(stop, &mut self.ring_waits).map(|()| Met::End);
+                    break;
+                }
+            }
+            (slot.stage, slot.asked, slot.lacks) = (Stage::New, None, None);
+            if let Some((table, _)) = slot.chain.table() {
+                visit.approach(table, Access::Read);
+            }
             self.free.pop();
+            fetched.push(token);
         }
-        Ok(())
+        for &token in &fetched {
+            self.slots[usize::from(token)].approach(visit);
+        }
+        (fetched, met)
     }
 
-    /// Puts what is finished on the used ring, as far as the ring can be reached; `true` if the driver wants to be told.
-    fn publish<V: Visit>(&mut self, ring: &mut OpenQueue<'_, '_, V>) -> Result<bool, Broken> {
+    /// Serves a chain that was just taken off the ring.
+    #[inline]
+    fn admit<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token) -> Result<(), Broken> {
+        let slot = &mut self.slots[usize::from(token)];
+        if self.full {
+            // One that came before it, of the same few, found no room.
+            slot.lacks = Some(Lack::Room);
+            self.waiting.push_back(token);
+            return Ok(());
+        }
+        let place = if self.in_order && !self.waiting.is_empty() { Place::Behind } else { Place::First };
+        let served = slot.serve(server, token, place);
+        let needed = match served {
+            Ok(served) => self.settle(server.visit, token, served),
+            // It is no chain: nobody goes on with it.
+            Err(_) => false,
+        };
+        if !needed {
+            self.free.push(token);
+        }
+        served.map(drop)
+    }
+
+    /// Puts what is finished on the used ring, as far as the ring can be reached.
+    #[inline]
+    fn publish<V: Visit>(&mut self, ring: &mut OpenQueue<'_, '_, V>) -> Result<(), Broken> {
         while let Some(&(head, written)) = self.finished.front() {
             if let Err(stop) = ring.push(head, written) {
                 wait_or_break(stop, &mut self.ring_waits)?;
                 break;
             }
-            self.finished.pop_front();
-            self.unpublished = true;
+            self.unpublished.extend(self.finished.pop_front());
         }
-        if !self.unpublished {
-            return Ok(false);
+        if self.unpublished.is_empty() {
+            return Ok(());
         }
         if let Err(stop) = ring.publish() {
-            return wait_or_break(stop, &mut self.ring_waits).map(|()| false);
+            return wait_or_break(stop, &mut self.ring_waits);
         }
-        self.unpublished = false;
+        self.unpublished.clear();
+        self.untold = true;
+        Ok(())
+    }
+
+    /// Whether the driver wants to be told of what was published since this was last asked.
+    #[inline]
+    fn needs_notification<V: Visit>(&mut self, ring: &mut OpenQueue<'_, '_, V>) -> Result<bool, Broken> {
+        if !std::mem::take(&mut self.untold) {
+            return Ok(false);
+        }
         match ring.needs_notification() {
             Ok(notify) => Ok(notify),
             // Whether the driver wants to be told can't be seen now. Once too often does no harm.
@@ -392,20 +656,25 @@ impl<L> Requests<L> {
     }
 
     /// Files a chain by what became of it; `true` if it goes on needing its slot.
-    fn settle<V: Visit<Lease = L>>(&mut self, visit: &V, token: Token, served: Served<L>) -> bool {
+    fn settle<V: Visit>(&mut self, visit: &V, token: Token, served: Served) -> bool {
         let slot = &mut self.slots[usize::from(token)];
         match served {
             Served::Done(written) => {
                 slot.release(visit);
+                if !visit.keeps() && !self.waiting.is_empty() {
+                    // What was forgotten just now may be what another was waiting for, and was there already.
+                    self.look = Look::Thorough;
+                }
                 self.finished.push_back((slot.chain.head(), written));
                 false
             }
-            Served::UnderWay(lease) => {
-                slot.lease = Some(lease);
+            Served::UnderWay => {
+                slot.stage = Stage::UnderWay;
                 self.under_way += 1;
                 true
             }
-            Served::Waiting => {
+            Served::Waiting | Served::NoRoom => {
+                self.full |= matches!(served, Served::NoRoom);
                 self.waiting.push_back(token);
                 true
             }
@@ -413,7 +682,7 @@ impl<L> Requests<L> {
     }
 }
 
-impl<L> Slot<L> {
+impl Slot {
     /// How many bytes the request moves.
     fn len(&self) -> u64 {
         u64::from(self.chain.readable_len()) + u64::from(self.chain.writable_len())
@@ -422,46 +691,90 @@ impl<L> Slot<L> {
     /// Whether what it was last seen to lack is still under way: a quick look before a whole new try.
     fn still_lacks<V: Visit>(&self, visit: &V) -> bool {
         match self.lacks {
-            Some(Lack::Asked(addr, access)) => {
-                matches!(visit.resolve(addr, 1, access, self.asked), Err(Stop::Miss(_)))
-            }
-            Some(Lack::Unasked) | None => false,
+            Some(Lack::Asked(addr, access, verdicts)) => !visit.may_have_changed(addr, access, verdicts),
+            Some(Lack::Unasked | Lack::Room | Lack::Turn) | None => false,
         }
     }
 
-    fn serve<V: Visit<Lease = L>>(&mut self, server: &mut Server<'_, V>, token: Token) -> Result<Served<L>, Broken> {
-        match self.chain.expand(server.visit, self.asked) {
-            Ok(()) => {}
-            Err(RingStop::Wait(miss)) => return Ok(self.wait(miss)),
-            Err(RingStop::Broken(error)) => return Err(Broken::Ring(error)),
-            // The table that tells where the request's bytes are is itself out of reach: nobody can be told.
-            Err(RingStop::Fault(fault)) => {
-                server.report.fault(fault);
-                return Ok(Served::Done(0));
+    /// Reads the chain's table, if it has one and that is at hand, and has the header and the status brought near. What
+    /// goes wrong goes wrong again in [`Slot::serve`], which says so.
+    #[inline]
+    fn approach<V: Visit>(&mut self, visit: &V) {
+        if let Err(RingStop::Wait(miss)) = self.chain.expand(visit, self.asked) {
+            self.asked.get_or_insert(miss.ticket);
+        }
+        if let [first, .., last] = self.chain.descriptors() {
+            visit.approach(first.addr, first.access);
+            visit.approach(last.addr, last.access);
+        }
+    }
+
+    #[inline]
+    fn serve<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token, place: Place) -> Result<Served, Broken> {
+        if self.stage == Stage::New {
+            match self.chain.expand(server.visit, self.asked) {
+                Ok(()) => {}
+                Err(RingStop::Wait(miss)) => return Ok(self.wait(miss)),
+                Err(RingStop::Broken(error)) => return Err(Broken::Ring(error)),
+                // The table that tells where the request's bytes are is itself out of reach: nobody can be told.
+                Err(RingStop::Fault(fault)) => {
+                    server.report.fault(fault);
+                    return Ok(Served::Done(0));
+                }
             }
         }
-        match self.translate(server.visit) {
+        Ok(self.proceed(server, token, place))
+    }
+
+    /// Takes a chain whose descriptors are all known to the device, or brings it back there.
+    #[inline]
+    fn proceed<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token, place: Place) -> Served {
+        let (readable_from, writable_from) = match self.stage {
+            Stage::New => (0, 0),
+            Stage::Back { readable_from, writable_from } => (readable_from, writable_from),
+            Stage::UnderWay => unreachable!("the device has token {token}"),
+        };
+        match self.translate(server.visit, readable_from, writable_from) {
             Ok(()) => {}
-            Err(Stop::Miss(miss)) => return Ok(self.wait(miss)),
-            Err(Stop::Fault(fault)) => return Ok(self.fail(server, fault)),
+            Err(Stop::Miss(miss)) => return self.wait(miss),
+            Err(Stop::Fault(fault)) => return self.fail(server, token, fault),
+        }
+        if place == Place::Behind {
+            self.lacks = Some(Lack::Turn);
+            return Served::Waiting;
         }
         // SAFETY: every piece was resolved in the visit that is still open.
-        let request = unsafe { self.request() };
-        Ok(match server.handler.start(token, &request) {
+        let request = unsafe {
+            Request {
+                readable: Pieces::new(&self.readable, readable_from, self.chain.readable_len()),
+                writable: Pieces::new(&self.writable, writable_from, self.chain.writable_len()),
+                buffers: self.chain.descriptors(),
+            }
+        };
+        let outcome = match self.stage {
+            Stage::New => server.handler.start(token, &request),
+            _ => server.handler.go_on(token, &request),
+        };
+        match outcome {
             Outcome::Done(written) => Served::Done(written),
-            // Taken while the visit is open, so there is no moment at which the pieces are unprotected.
-            Outcome::Pending => Served::UnderWay(self.lease(server.visit)),
-        })
+            Outcome::Pending => Served::UnderWay,
+            Outcome::NoRoom => {
+                assert!(self.stage == Stage::New, "the device has token {token}, and no room for it");
+                self.lacks = Some(Lack::Room);
+                Served::NoRoom
+            }
+        }
     }
 
-    fn wait(&mut self, miss: Miss) -> Served<L> {
+    fn wait(&mut self, miss: Miss) -> Served {
         self.asked.get_or_insert(miss.ticket);
         Served::Waiting
     }
 
-    /// Resolves every byte of the chain. Goes on behind a miss, so that all misses are asked for at once, and ends at
-    /// the first fault only when nothing is missing: before that it is not known whether the status byte can be reached.
-    fn translate<V: Visit>(&mut self, visit: &V) -> Result<(), Stop> {
+    /// Resolves every byte of the chain from there on. Goes on behind a miss, so that all misses are asked for at once,
+    /// and ends at the first fault only when nothing is missing: before that it is not known whether the status byte can
+    /// be reached.
+    fn translate<V: Visit>(&mut self, visit: &V, readable_from: u32, writable_from: u32) -> Result<(), Stop> {
         for pieces in [&mut self.readable, &mut self.writable] {
             pieces.clear();
             // A chain may be of a million pieces; room for that is not kept in every slot.
@@ -470,12 +783,17 @@ impl<L> Slot<L> {
         let (mut missed, mut faulted) = (None, None);
         let mut misses = 0;
         self.lacks = None;
+        // Before the first look, so that what is settled after it is noticed.
+        let verdicts = visit.verdicts();
+        let (mut skip_readable, mut skip_writable) = (u64::from(readable_from), u64::from(writable_from));
         for descriptor in self.chain.descriptors() {
-            let pieces = match descriptor.access {
-                Access::Read => &mut self.readable,
-                Access::Write => &mut self.writable,
+            let (pieces, skip) = match descriptor.access {
+                Access::Read => (&mut self.readable, &mut skip_readable),
+                Access::Write => (&mut self.writable, &mut skip_writable),
             };
-            let (mut offset, len) = (0, u64::from(descriptor.len));
+            let len = u64::from(descriptor.len);
+            let mut offset = len.min(*skip);
+            *skip -= offset;
             while offset < len {
                 let Some(at) = descriptor.addr.checked_add(offset) else {
                     let reason = FaultReason::Wraps;
@@ -484,8 +802,12 @@ impl<L> Slot<L> {
                 };
                 match visit.resolve(at, (len - offset) as usize, descriptor.access, self.asked) {
                     Ok(piece) => {
-                        pieces.push(piece.detach());
                         offset += piece.len() as u64;
+                        // Pages are translated one by one, and most of them follow each other here too.
+                        let piece = piece.detach();
+                        if !pieces.last_mut().is_some_and(|last| last.join(&piece)) {
+                            pieces.push(piece);
+                        }
                     }
                     Err(Stop::Miss(miss)) => {
                         misses += 1;
@@ -494,7 +816,7 @@ impl<L> Slot<L> {
                             self.lacks = Some(Lack::Unasked);
                             return Err(Stop::Miss(first));
                         }
-                        self.lacks = Some(Lack::Asked(at, descriptor.access));
+                        self.lacks = Some(Lack::Asked(at, descriptor.access, verdicts));
                         if misses == MISSES_AT_ONCE {
                             return Err(Stop::Miss(first));
                         }
@@ -515,7 +837,7 @@ impl<L> Slot<L> {
     }
 
     /// Lets the device say that the request failed, where it says such things.
-    fn fail<V: Visit>(&mut self, server: &mut Server<'_, V>, fault: Fault) -> Served<L> {
+    fn fail<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token, fault: Fault) -> Served {
         let (chain, asked) = (&self.chain, self.asked);
         let missed = Cell::new(None);
         let write = |offset: u32, from: &[u8]| match write_at(server.visit, chain, offset, from, asked) {
@@ -532,22 +854,11 @@ impl<L> Slot<L> {
             // What `translate` resolved a moment ago was taken away since.
             return self.wait(miss);
         }
+        if let Stage::Back { .. } = self.stage {
+            server.handler.forget(token);
+        }
         server.report.fault(fault);
         Served::Done(written)
-    }
-
-    fn lease<V: Visit<Lease = L>>(&self, visit: &V) -> L {
-        // On the stack for all but the longest chains; a lease may be wider than needed, never narrower.
-        let mut ranges = [(BusAddr(0), 0); 32];
-        let descriptors = self.chain.descriptors();
-        if descriptors.len() <= ranges.len() {
-            for (range, descriptor) in ranges.iter_mut().zip(descriptors) {
-                *range = (descriptor.addr, descriptor.len);
-            }
-            visit.lease(&ranges[..descriptors.len()])
-        } else {
-            visit.lease(&descriptors.iter().map(|descriptor| (descriptor.addr, descriptor.len)).collect::<Vec<_>>())
-        }
     }
 
     /// The request is over: whoever keeps translations for requests alone has no more use for its.
@@ -556,18 +867,6 @@ impl<L> Slot<L> {
         if !visit.keeps() {
             let ranges = self.chain.descriptors().iter().map(|descriptor| (descriptor.addr, descriptor.len));
             visit.release(&ranges.chain(self.chain.table()).collect::<Vec<_>>());
-        }
-    }
-
-    /// # Safety
-    /// The pieces are good for all of `'l`: the visit that resolved them is open, or they are leased.
-    unsafe fn request<'l>(&'l self) -> Request<'l> {
-        // SAFETY: by this function's contract, for both.
-        unsafe {
-            Request {
-                readable: Pieces::new(&self.readable, self.chain.readable_len()),
-                writable: Pieces::new(&self.writable, self.chain.writable_len()),
-            }
         }
     }
 }

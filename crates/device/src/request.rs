@@ -1,33 +1,39 @@
 use ringfence_dma::{DetachedSlice, HostSlice};
+use ringfence_ring::Descriptor;
 use std::marker::PhantomData;
 
-/// A request whose every byte can be reached for as long as `'l`: until the end of its lease.
+/// A request whose bytes can be reached for as long as `'l`: all of them when it starts, and when it goes on those from
+/// where its handler said on.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'l> {
     /// What the driver wrote for the device to read.
     pub readable: Pieces<'l>,
     /// Where the device's answer goes.
     pub writable: Pieces<'l>,
+    /// Both as the driver cut them. A device makes nothing of that (§2.7.4.1); who passes the request on keeps it.
+    pub buffers: &'l [Descriptor],
 }
 
 /// One half of a request: bytes in order, scattered over memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Pieces<'l> {
     pieces: &'l [DetachedSlice],
+    /// Those before are out of reach.
+    from: u32,
     len: u32,
-    lease: PhantomData<HostSlice<'l>>,
+    visit: PhantomData<HostSlice<'l>>,
 }
 
 impl<'l> Pieces<'l> {
-    /// The bytes of `pieces`, in order.
+    /// `len` bytes, of which `pieces` are those from `from` on, in order.
     ///
     /// # Safety
     /// Every piece is good for all of `'l`, as in [`DetachedSlice::attach`].
-    pub(crate) unsafe fn new(pieces: &'l [DetachedSlice], len: u32) -> Self {
-        Self { pieces, len, lease: PhantomData }
+    pub(crate) unsafe fn new(pieces: &'l [DetachedSlice], from: u32, len: u32) -> Self {
+        Self { pieces, from, len, visit: PhantomData }
     }
 
-    /// How many bytes.
+    /// How many bytes, within reach or not.
     #[inline]
     pub fn len(&self) -> u32 {
         self.len
@@ -38,19 +44,32 @@ impl<'l> Pieces<'l> {
         self.len == 0
     }
 
-    /// Copies the bytes from `offset` out; `false`, and nothing copied, where there are fewer.
+    /// Copies the bytes from `offset` out; `false`, and nothing copied, where there are fewer within reach.
     #[inline]
     pub fn read(&self, offset: u32, into: &mut [u8]) -> bool {
         self.each(offset, into.len(), |at, piece| piece.read(0, &mut into[at..at + piece.len()]))
     }
 
-    /// Copies `from` to `offset`; `false`, and nothing copied, where it does not fit.
+    /// Copies `from` to `offset`; `false`, and nothing copied, where they are not within reach.
     #[inline]
     pub fn write(&self, offset: u32, from: &[u8]) -> bool {
         self.each(offset, from.len(), |at, piece| piece.write(0, &from[at..at + piece.len()]))
     }
 
-    /// Appends the pieces of `len` bytes from `offset` to `into`; `false`, and nothing appended, where there are fewer.
+    /// Copies as many bytes from `offset` as `into` has; `false`, and nothing copied, where there are fewer.
+    #[inline]
+    pub fn copy_to(&self, offset: u32, into: HostSlice<'_>) -> bool {
+        self.each(offset, into.len(), |at, piece| into.copy_from(at, piece))
+    }
+
+    /// Copies all of `from` to `offset`; `false`, and nothing copied, where it does not fit.
+    #[inline]
+    pub fn copy_from(&self, offset: u32, from: HostSlice<'_>) -> bool {
+        self.each(offset, from.len(), |at, piece| piece.copy_from(0, from.sub(at, piece.len())))
+    }
+
+    /// Appends the pieces of `len` bytes from `offset` to `into`; `false`, and nothing appended, where they are
+    /// not within reach.
     #[inline]
     pub fn extract(&self, offset: u32, len: u32, into: &mut Vec<DetachedSlice>) -> bool {
         self.each(offset, len as usize, |_, piece| into.push(piece.detach()))
@@ -58,10 +77,10 @@ impl<'l> Pieces<'l> {
 
     #[inline]
     fn each(&self, offset: u32, len: usize, mut each: impl FnMut(usize, HostSlice<'l>)) -> bool {
-        if offset as usize + len > self.len as usize {
+        if offset < self.from || offset as usize + len > self.len as usize {
             return false;
         }
-        let (mut skip, mut done) = (offset as usize, 0);
+        let (mut skip, mut done) = ((offset - self.from) as usize, 0);
         for piece in self.pieces {
             if done == len {
                 break;
@@ -106,7 +125,7 @@ mod tests {
         let ram = Ram::new(4096);
         let pieces: Vec<_> = [(100, 3), (50, 1), (200, 4)].map(|(at, len)| ram.slice(at, len).detach()).into();
         // SAFETY: `ram` outlives `all`.
-        let all = unsafe { Pieces::new(&pieces, 8) };
+        let all = unsafe { Pieces::new(&pieces, 0, 8) };
         assert!(all.write(0, b"abcdefgh"));
         let mut back = [0; 5];
         assert!(all.read(2, &mut back));
@@ -121,5 +140,23 @@ mod tests {
         assert!(!all.extract(5, 4, &mut part), "runs past the end");
         assert!(!all.write(8, b"x"));
         assert!(all.read(8, &mut []));
+
+        // SAFETY: as above.
+        let rest = unsafe { Pieces::new(&pieces[1..], 3, 8) };
+        let mut back = [0; 4];
+        assert!(rest.read(3, &mut back));
+        assert_eq!(&back, b"defg");
+        assert!(!rest.read(2, &mut back), "out of reach");
+
+        let mut back = [0; 5];
+        let other = ram.slice(1000, 5);
+        assert!(all.copy_to(2, other));
+        other.read(0, &mut back);
+        assert_eq!(&back, b"cdefg");
+        other.write(0, b"CDEFG");
+        assert!(all.copy_from(3, other));
+        assert!(all.read(3, &mut back));
+        assert_eq!(&back, b"CDEFG");
+        assert!(!all.copy_from(4, other) && !all.copy_to(4, other), "runs past the end");
     }
 }

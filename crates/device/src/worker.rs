@@ -1,7 +1,7 @@
 //! The thread that serves a queue: busy while there is work, for a short while after, and then asleep until the driver
 //! rings, a translation arrives or storage completes.
 
-use crate::queue::{Broken, Queue, Stopped};
+use crate::queue::{Broken, Look, Queue, Stopped};
 use ringfence_dma::Memory;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
@@ -14,11 +14,22 @@ use std::time::{Duration, Instant};
 
 /// How long a queue sleeps at the most while a chain waits for translations. News wake it; this is for news that were
 /// lost.
-const WAITING_NAP: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
-const RETRY: Duration = Duration::from_millis(20);
+const WAITING_NAP: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
+/// How often everything that waits is looked at thoroughly.
+const RETRY: Duration = Duration::from_millis(5);
 
 /// How long a queue sleeps that nobody wakes.
 const LOOKING_NAP: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+
+/// How long a queue that has to end at once waits for its storage.
+const HURRY: Duration = Duration::from_secs(1);
+
+/// How long requests that were cancelled are waited for.
+const GRACE: Duration = Duration::from_millis(250);
+
+/// How long a thread may take beyond all that. Its visits to memory are short, unless memory itself does not answer; but
+/// a busy host may not let it run for a while.
+const VISIT: Duration = Duration::from_secs(10);
 
 /// How often an empty queue is looked at between two looks at the clock.
 const LOOKS: u32 = 32;
@@ -27,8 +38,12 @@ const LOOKS: u32 = 32;
 #[derive(Debug)]
 pub struct Worker {
     control: Arc<Control>,
-    /// Gone once it was joined.
-    thread: Option<JoinHandle<Stopped>>,
+    /// For how long storage is waited for when the queue stops.
+    patience: Duration,
+    /// When it was told to.
+    told: Option<Instant>,
+    /// Gone once it has been waited for.
+    thread: Option<JoinHandle<()>>,
 }
 
 /// How others reach a queue's thread.
@@ -38,6 +53,10 @@ pub struct Control {
     sleeping: AtomicBool,
     news: AtomicBool,
     stop: AtomicBool,
+    hurry: AtomicBool,
+    end: Mutex<Option<End>>,
+    /// Readable once the thread touches no memory any more.
+    ended: OwnedFd,
     call: Mutex<Option<Arc<OwnedFd>>>,
     call_changed: AtomicBool,
 }
@@ -50,9 +69,25 @@ pub struct Bells {
     pub kick: Option<OwnedFd>,
     /// Written when the queue broke.
     pub error: Option<OwnedFd>,
-    /// For how long an empty queue is looked at before the thread sleeps.
+    /// For how long an empty queue is looked at before the thread sleeps, at the most: it is less while that is of no use.
     pub poll: Duration,
+    /// For how long storage is waited for when the queue stops. Then what it has is cancelled; and what can't be is left
+    /// to itself: it has none of the queue's memory.
+    pub patience: Duration,
 }
+
+/// How a queue's thread ended.
+#[derive(Debug)]
+struct End {
+    stopped: Stopped,
+    /// Whether its storage has let go of everything, so that the thread is gone in a moment.
+    rests: bool,
+}
+
+/// A queue's thread has not come back from a visit to memory: the memory itself does not answer, as that of a file
+/// system whose server hangs. Whoever gave it has to take it away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stuck;
 
 impl Control {
     /// For one worker.
@@ -65,6 +100,9 @@ impl Control {
             sleeping: AtomicBool::new(false),
             news: AtomicBool::new(false),
             stop: AtomicBool::new(false),
+            hurry: AtomicBool::new(false),
+            end: Mutex::new(None),
+            ended: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
             call: Mutex::new(call.map(Arc::new)),
             call_changed: AtomicBool::new(false),
         }))
@@ -110,14 +148,16 @@ impl Worker {
         M: Memory + Send + 'static,
         M::Lease: Send,
     {
+        let patience = bells.patience;
         let thread = {
             let control = Arc::clone(&control);
-            std::thread::Builder::new()
-                .name(name.to_owned())
-                .stack_size(256 << 10)
-                .spawn(move || serve(queue, &control, &bells))?
+            std::thread::Builder::new().name(name.to_owned()).stack_size(256 << 10).spawn(move || {
+                // Rings also when the thread panics, and after the queue's memory has gone.
+                let _ended = Ended(&control);
+                serve(queue, &control, &bells);
+            })?
         };
-        Ok(Self { control, thread: Some(thread) })
+        Ok(Self { control, patience, told: None, thread: Some(thread) })
     }
 
     /// How others reach the thread.
@@ -125,32 +165,77 @@ impl Worker {
         &self.control
     }
 
-    /// Ends the thread when nothing is under way any more, and says where the queue was. `None`: the thread panicked,
-    /// which is our own mistake; it has let go of everything, and what it knew is lost.
-    pub fn stop(mut self) -> Option<Stopped> {
-        let thread = self.thread.take().expect("joined here or when dropped, and this is before");
-        self.end();
-        thread.join().ok()
+    /// Tells the thread to stop, and does not wait: where there are many, tell them all before the first is waited for.
+    pub fn tell_stop(&mut self) {
+        if self.told.is_none() {
+            self.told = Some(Instant::now());
+            self.control.stop.store(true, Ordering::Relaxed);
+            self.control.rouse();
+        }
     }
 
-    fn end(&self) {
-        self.control.stop.store(true, Ordering::Relaxed);
-        self.control.rouse();
+    /// Stops the thread, and says where the queue was when it touched memory for the last time. `None`: it panicked,
+    /// which is our own mistake; it has let go of everything, and what it knew is lost. Storage is waited for as long as
+    /// [`Bells::patience`] says, and hardly at all once `hurry` is readable.
+    ///
+    /// # Errors
+    /// [`Stuck`]; may be called again.
+    pub fn stop(&mut self, hurry: Option<BorrowedFd<'_>>) -> Result<Option<Stopped>, Stuck> {
+        self.tell_stop();
+        let told = *self.told.get_or_insert_with(Instant::now);
+        let mut hurry = hurry;
+        let mut deadline = told + self.patience + GRACE + VISIT;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = Timespec::try_from(left).ok();
+            let mut fds = Vec::with_capacity(2);
+            fds.push(PollFd::new(&self.control.ended, PollFlags::IN));
+            fds.extend(hurry.map(|hurry| PollFd::from_borrowed_fd(hurry, PollFlags::IN)));
+            let _ = poll(&mut fds, timeout.as_ref());
+            if !fds[0].revents().is_empty() {
+                break;
+            }
+            if fds.get(1).is_some_and(|fd| !fd.revents().is_empty()) {
+                hurry = None;
+                self.control.hurry.store(true, Ordering::Relaxed);
+                deadline = deadline.min(Instant::now() + HURRY + GRACE + VISIT);
+            } else if left.is_zero() {
+                return Err(Stuck);
+            }
+        }
+        let end = self.control.end.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = self.thread.take();
+        Ok(end.map(|End { stopped, rests }| {
+            // One that waits for its storage ends by itself, whenever that is.
+            if let Some(thread) = thread.filter(|_| rests) {
+                let _ = thread.join();
+            }
+            stopped
+        }))
     }
 }
 
 impl Drop for Worker {
-    /// The memory that the thread serves may go after this, so it waits as [`Worker::stop`] does.
+    /// The memory that the thread serves may go after this, so it waits.
     fn drop(&mut self) {
-        if let Some(thread) = self.thread.take() {
-            self.end();
-            let _ = thread.join();
+        if self.thread.is_some() {
+            while self.stop(None).is_err() {}
         }
     }
 }
 
-fn serve<M: Memory>(mut queue: Queue<M>, control: &Control, bells: &Bells) -> Stopped {
+/// Rings when it is dropped.
+struct Ended<'c>(&'c Control);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        ring(self.0.ended.as_fd());
+    }
+}
+
+fn serve<M: Memory>(mut queue: Queue<M>, control: &Control, bells: &Bells) {
     if let Err(broken) = run(&mut queue, control, bells) {
+        queue.report(&broken);
         tracing::error!(
             queue = std::thread::current().name().unwrap_or_default(),
             "queue stopped: {broken}; a device reset starts it again"
@@ -159,23 +244,73 @@ fn serve<M: Memory>(mut queue: Queue<M>, control: &Control, bells: &Bells) -> St
             ring(error.as_fd());
         }
     }
-    while !queue.drain() {
-        let completion = queue.completion_fd().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-        // A handler without a descriptor completes by itself: look again soon.
-        let patience = if completion.is_some() { WAITING_NAP } else { LOOKING_NAP };
-        let _ = poll(&mut Vec::from_iter(completion), Some(&patience));
-    }
+    let rests = drain(&mut queue, control, bells.patience) || give_up(&mut queue);
     // A ring that can't be reached any more has been given up by its driver.
     if queue.flush() == Ok(true)
         && let Some(call) = control.call()
     {
         ring(call.as_fd());
     }
-    queue.stop()
+    let (stopped, leftover) = queue.stop();
+    *control.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(End { stopped, rests });
+    ring(control.ended.as_fd());
+    // Last, and from this thread: the kernel has its requests as this thread's, and keeps it until they are over.
+    drop(leftover);
+}
+
+/// Brings everything to its end that is under way; `false` if that takes too long for whoever waits for it.
+fn drain<M: Memory>(queue: &mut Queue<M>, control: &Control, patience: Duration) -> bool {
+    let mut stopping: Option<Instant> = None;
+    queue.recall();
+    while !queue.drain() {
+        if control.stop.load(Ordering::Relaxed) {
+            let patience = if control.hurry.load(Ordering::Relaxed) { patience.min(HURRY) } else { patience };
+            if stopping.get_or_insert_with(Instant::now).elapsed() >= patience {
+                return false;
+            }
+        }
+        wait(queue, WAITING_NAP);
+    }
+    true
+}
+
+/// Cancels everything that is under way; `false` if some of it goes on all the same.
+fn give_up<M: Memory>(queue: &mut Queue<M>) -> bool {
+    let name = std::thread::current().name().unwrap_or_default().to_owned();
+    tracing::warn!(
+        queue = name,
+        requests = queue.under_way(),
+        "storage does not answer and somebody waits for the queue to stop: cancelling its requests, which start anew \
+         when the queue goes on"
+    );
+    queue.cancel();
+    let since = Instant::now();
+    while queue.is_under_way() {
+        if since.elapsed() >= GRACE {
+            tracing::error!(
+                queue = name,
+                requests = queue.under_way(),
+                "the kernel does not let go of requests: they are left to themselves, without any of the guest's memory; \
+                 until they end, what would change the disk fails if a change is among them"
+            );
+            return false;
+        }
+        wait(queue, LOOKING_NAP);
+    }
+    true
+}
+
+/// Until something completes, or for so long.
+fn wait<M: Memory>(queue: &Queue<M>, at_most: Timespec) {
+    let completion = queue.completion_fd().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+    // A handler without a descriptor completes by itself: look again soon.
+    let timeout = if completion.is_some() { at_most } else { LOOKING_NAP };
+    let _ = poll(&mut Vec::from_iter(completion), Some(&timeout));
 }
 
 fn run<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Result<(), Broken> {
     let mut call = control.call();
+    let mut patience = Patience { most: bells.poll, now: bells.poll };
     let mut idle_since: Option<Instant> = None;
     let mut looks = 0;
     // What an earlier run left is tried at once, and what that one used is told of: it may not have been.
@@ -186,12 +321,16 @@ fn run<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Res
     queue.ignore()?;
     while !control.stop.load(Ordering::Acquire) {
         let news = control.news.load(Ordering::Relaxed) && control.news.swap(false, Ordering::Acquire);
-        // News may be lost, or be about somebody else's question: now and then all is tried again.
+        // News may be lost, or be taken back before they were seen: now and then all is tried again.
         let due = queue.is_waiting() && tried.is_none_or(|tried: Instant| tried.elapsed() >= RETRY);
-        if news || due {
+        if due {
             tried = Some(Instant::now());
         }
-        let turn = queue.turn(news || due)?;
+        let turn = queue.turn(match (due, news) {
+            (true, _) => Look::Thorough,
+            (false, true) => Look::Quick,
+            (false, false) => Look::Not,
+        })?;
         if control.call_changed.load(Ordering::Relaxed) && control.call_changed.swap(false, Ordering::Acquire) {
             call = control.call();
         }
@@ -204,17 +343,41 @@ fn run<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Res
             (idle_since, looks) = (None, 0);
             continue;
         }
-        if !bells.poll.is_zero() {
+        if !patience.now.is_zero() {
             std::hint::spin_loop();
             looks += 1;
-            if looks % LOOKS != 0 || idle_since.get_or_insert_with(Instant::now).elapsed() < bells.poll {
+            if looks % LOOKS != 0 {
+                continue;
+            }
+            if idle_since.get_or_insert_with(Instant::now).elapsed() < patience.now {
+                // Whoever is to make something available may be waiting for this very processor.
+                std::thread::yield_now();
                 continue;
             }
         }
+        let idle = *idle_since.get_or_insert_with(Instant::now);
         nap(queue, control, bells)?;
+        patience.learn(idle.elapsed());
         (idle_since, looks) = (None, 0);
     }
     Ok(())
+}
+
+/// For how long an empty queue is looked at before the thread sleeps: as long as that is good for something. Whoever
+/// asks for one thing now and then is served by a thread that sleeps, and costs no more than that.
+struct Patience {
+    most: Duration,
+    now: Duration,
+}
+
+impl Patience {
+    /// It was given up, and then something came, so long after the queue had become empty.
+    fn learn(&mut self, idle: Duration) {
+        self.now = if idle < self.most { self.most } else { self.now / 2 };
+        if self.now < Duration::from_micros(1) {
+            self.now = Duration::ZERO;
+        }
+    }
 }
 
 /// Sleeps until something happens.
@@ -231,18 +394,22 @@ fn nap<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Res
             (true, _) => Some(&WAITING_NAP),
             (false, _) => None,
         };
-        let mut fds = Vec::with_capacity(3);
-        fds.push(PollFd::new(&control.event, PollFlags::IN));
-        fds.extend(bells.kick.as_ref().map(|kick| PollFd::new(kick, PollFlags::IN)));
-        fds.extend(queue.completion_fd().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        // What there is not is replaced by what there is.
+        let event = control.event.as_fd();
+        let kick = bells.kick.as_ref().map_or(event, |kick| kick.as_fd());
+        let completion = queue.completion_fd().unwrap_or(event);
+        let mut fds = [event, kick, completion].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         // An interrupted poll is one that ended early; the turn that follows looks at everything.
         let _ = poll(&mut fds, timeout);
+        let [rung, kicked, _] = fds.map(|fd| !fd.revents().is_empty());
+        if rung {
+            hush(event);
+        }
+        if kicked && let Some(kick) = &bells.kick {
+            hush(kick.as_fd());
+        }
     }
     control.sleeping.store(false, Ordering::Relaxed);
-    hush(control.event.as_fd());
-    if let Some(kick) = &bells.kick {
-        hush(kick.as_fd());
-    }
     queue.ignore()
 }
 

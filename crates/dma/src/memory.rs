@@ -30,8 +30,30 @@ pub trait Visit {
     /// forbids `access`.
     fn resolve(&self, addr: BusAddr, len: usize, access: Access, asked: Option<Ticket>) -> Result<HostSlice<'_>, Stop>;
 
+    /// How many questions were settled otherwise than by a translation, up to now. See [`Visit::may_have_changed`].
+    #[inline]
+    fn verdicts(&self) -> u64 {
+        0
+    }
+
+    /// A quick look at whether it is worth resolving `addr` again, which missed since there were so many verdicts. Asks
+    /// nothing. After `false` whoever waits is woken by the next news, and looks once in a while even so: an answer can be
+    /// taken away again before it is seen.
+    #[inline]
+    fn may_have_changed(&self, addr: BusAddr, access: Access, verdicts: u64) -> bool {
+        let _ = (addr, access, verdicts);
+        true
+    }
+
     /// Keeps what this visit resolved for `ranges` good until the lease is dropped.
     fn lease(&self, ranges: &[(BusAddr, u32)]) -> Self::Lease;
+
+    /// Has the cache line of `addr` brought near, for `access`, if its translation is at hand: whoever takes several
+    /// requests at once does not wait for each one's memory in turn. Changes nothing.
+    #[inline]
+    fn approach(&self, addr: BusAddr, access: Access) {
+        let _ = (addr, access);
+    }
 
     /// Whether translations are kept beyond the request that they were resolved for. Where not, whoever ends a request
     /// calls [`Visit::release`].

@@ -95,11 +95,39 @@ impl<'m> HostSlice<'m> {
         unsafe { at.as_ptr().copy_from_nonoverlapping(from.as_ptr(), from.len()) }
     }
 
+    /// Copies all of `from` to `offset` in the slice. The two may overlap.
+    #[inline]
+    pub fn copy_from(&self, offset: usize, from: HostSlice<'_>) {
+        let at = self.at(offset, from.len);
+        // SAFETY: `at` is in bounds, `from` is good for its own length; neither is referenced, see `new`. What others
+        // write meanwhile makes the bytes arbitrary, not the copy wrong.
+        unsafe { at.as_ptr().copy_from(from.as_ptr(), from.len) }
+    }
+
     /// Sets every byte to `value`.
     #[inline]
     pub fn fill(&self, value: u8) {
         // SAFETY: the whole slice, valid by `new`.
         unsafe { self.start.as_ptr().write_bytes(value, self.len) }
+    }
+
+    /// Has the first cache line brought near, for `access`. Changes nothing.
+    #[inline]
+    pub fn approach(&self, access: crate::Access) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use core::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
+            let line = self.start.as_ptr().cast_const().cast();
+            // SAFETY: a hint, which has no effect on what any memory holds and can't fail.
+            unsafe {
+                match access {
+                    crate::Access::Read => _mm_prefetch::<_MM_HINT_T0>(line),
+                    crate::Access::Write => _mm_prefetch::<_MM_HINT_ET0>(line),
+                }
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = access;
     }
 
     atomic!(load_u16, store_u16, u16, AtomicU16);
@@ -147,6 +175,20 @@ impl DetachedSlice {
         self.start.as_ptr()
     }
 
+    /// Takes `next` in, where it follows in memory; `false`, and nothing changed, where it does not. What one system call
+    /// or copy can do need not be two.
+    #[inline]
+    pub fn join(&mut self, next: &DetachedSlice) -> bool {
+        let follows = self.start.as_ptr().addr().checked_add(self.len) == Some(next.start.as_ptr().addr());
+        match self.len.checked_add(next.len) {
+            Some(len) if follows => {
+                self.len = len;
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// The slice again.
     ///
     /// # Safety
@@ -174,6 +216,16 @@ mod tests {
             assert_eq!(bytes, [1, 2, 3, 4]);
             assert_eq!(slice.load_u32(offset, Ordering::Relaxed), 0x0403_0201);
         }
+    }
+
+    #[test]
+    fn what_follows_is_joined_and_nothing_else() {
+        let ram = Ram::new(64);
+        let mut joined = ram.slice(8, 8).detach();
+        for (at, follows) in [(0, false), (17, false), (8, false), (16, true), (16, false), (24, true)] {
+            assert_eq!(joined.join(&ram.slice(at, 8).detach()), follows, "at {at}");
+        }
+        assert_eq!((joined.as_ptr(), joined.len()), (ram.slice(8, 24).as_ptr(), 24));
     }
 
     #[test]

@@ -1,13 +1,18 @@
 //! The block device's driver (§5.2).
 
-use crate::queue::{Piece, Pieces};
+mod config;
+mod queue;
+
+pub use queue::{Queue, QueueError};
+
 use crate::{Host, Running, StartError, Transport, Wants, start};
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
-use core::{fmt, mem};
-use ringfence_dma::{Access, Buffer, BusAddr, DmaError, FromDevice, Mapper, Streaming, ToDevice};
-use ringfence_ring::{AddError, Descriptor, DeviceError, Indirect, IndirectTable};
-use virtio_spec::blk::{F, S, T as Type};
+use config::{Limits, read_config};
+use core::fmt;
+use ringfence_dma::{Buffer, DmaError, Mapper};
+use ringfence_ring::DeviceError;
+use virtio_spec::blk::F;
 
 /// The unit of positions and lengths, whatever the disk's block size.
 pub const SECTOR: u64 = 512;
@@ -16,7 +21,7 @@ pub const SECTOR: u64 = 512;
 ///
 /// [`read`](Self::read), [`write`](Self::write) and their like do one thing and wait for it.
 /// [`submit`](Self::submit), [`notify`](Self::notify) and [`poll`](Self::poll) keep many requests under way; the two
-/// ways mix. A running disk allocates nothing.
+/// ways mix. A disk with several queues is [`split`](Self::split) among as many threads. A running disk allocates nothing.
 ///
 /// Each buffer is mapped when its request is made and unmapped when the request completes. A device that answers what it
 /// must not stops the disk ([`BlkError::Broken`]); buffers that it still has stay lent until the disk is dropped, which
@@ -25,18 +30,10 @@ pub const SECTOR: u64 = 512;
 pub struct Blk<'a, T: Transport, M: Mapper + ?Sized> {
     device: Running<'a, T, M>,
     geometry: Geometry,
-    limits: Limits,
-    slots: Vec<Slot<'a, M>>,
-    /// Slots that no request has.
-    free: Vec<u16>,
-    /// By the ring's token: whose slot it is.
-    by_token: Vec<u16>,
-    /// Each slot's header, payload and status, and table of descriptors; see [`Record`].
-    records: Pieces<'a, M>,
+    /// The first is the one that this type's own methods use.
+    queues: Vec<Queue<'a, M>>,
     /// Completed while somebody waited for another request, and not handed out yet. Their slots are not free.
     finished: VecDeque<Completion>,
-    /// For putting a chain together.
-    chain: Vec<Descriptor>,
 }
 
 /// What a disk is like, as its configuration space says (§5.2.4).
@@ -125,6 +122,14 @@ pub enum Unmap {
 pub struct RequestId {
     slot: u16,
     generation: u64,
+}
+
+impl RequestId {
+    /// For a table of the caller's own: never above the queue's depth, and nobody else's before the request was polled.
+    #[inline]
+    pub fn slot(self) -> usize {
+        self.slot.into()
+    }
 }
 
 /// A request that came to its end.
@@ -248,6 +253,24 @@ impl<E> BlkError<E> {
     }
 }
 
+impl QueueError {
+    /// The same as an error of a way to a device.
+    fn widen<E>(self) -> BlkError<E> {
+        match self {
+            BlkError::Busy => BlkError::Busy,
+            BlkError::Dma(error) => BlkError::Dma(error),
+            BlkError::OutOfRange { sector, sectors } => BlkError::OutOfRange { sector, sectors },
+            BlkError::Length { len } => BlkError::Length { len },
+            BlkError::TooLong { count, max } => BlkError::TooLong { count, max },
+            BlkError::ReadOnly => BlkError::ReadOnly,
+            BlkError::NotOffered => BlkError::NotOffered,
+            BlkError::Failed(error) => BlkError::Failed(error),
+            BlkError::Broken(error) => BlkError::Broken(error),
+            BlkError::Transport(never) => match never {},
+        }
+    }
+}
+
 impl<E> From<DmaError> for BlkError<E> {
     fn from(error: DmaError) -> Self {
         BlkError::Dma(error)
@@ -263,7 +286,7 @@ impl<E> From<RequestError> for BlkError<E> {
 /// The virtio device type (§5).
 const BLOCK_DEVICE: u32 = 2;
 
-/// The disk's only queue.
+/// The queue that a disk's own methods use.
 const QUEUE: u16 = 0;
 
 const fn bits(feature: F) -> u64 {
@@ -288,32 +311,54 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     /// # Panics
     /// Where [`Options::depth`] is no power of two.
     pub fn start(transport: T, host: Host<'a, M>, options: Options) -> Result<Self, StartError<T::Error>> {
-        let wants = Wants { device: BLOCK_DEVICE, features: FEATURES, queues: 1, depth: options.depth };
-        let (device, (geometry, said)) = start(transport, host, wants, read_config)?;
-        let depth = device.queues[0].ring.size();
-        // A chain, in a table or not, has at most as many descriptors as the queue, and two are header and status.
-        let limits = Limits { segments: said.segments.min(options.segments).min(depth.saturating_sub(2)), ..said };
-        if limits.segments == 0 {
-            return Err(StartError::Config { field: "queue_size", value: depth.into() });
+        Self::start_queues(transport, host, options, 1)
+    }
+
+    /// Brings a disk up with `count` queues, each as `options` says.
+    ///
+    /// # Errors
+    /// As [`Self::start`]; [`StartError::NoQueue`] where the disk has fewer.
+    ///
+    /// # Panics
+    /// As [`Self::start`], and for no queue at all.
+    pub fn start_queues(
+        transport: T,
+        host: Host<'a, M>,
+        options: Options,
+        count: u16,
+    ) -> Result<Self, StartError<T::Error>> {
+        assert!(count > 0, "a disk without a queue");
+        let many = if count > 1 { bits(F::MQ) } else { 0 };
+        let wants = Wants { device: BLOCK_DEVICE, features: FEATURES | many, queues: count, depth: options.depth };
+        let (device, (geometry, said)) = start(transport, host, wants, |transport, features| {
+            // §5.2.2: without the feature there is one queue.
+            if features & many != many {
+                return Err(StartError::NoQueue { queue: 1 });
+            }
+            read_config(transport, features)
+        })?;
+        // From here on it is reset before anything that it was told of goes.
+        let mut disk = Self { device, geometry, queues: Vec::new(), finished: VecDeque::new() };
+        for _ in 0..count {
+            let (mapper, ring) = (disk.device.mapper, &disk.device.queues[0]);
+            let depth = ring.ring.size();
+            // A chain, in a table or not, has at most as many descriptors as the queue, and two are header and status.
+            let segments = said.segments.min(options.segments).min(depth.saturating_sub(2));
+            if segments == 0 {
+                return Err(StartError::Config { field: "queue_size", value: depth.into() });
+            }
+            let limits = Limits { segments, ..said };
+            let records = Queue::records(mapper, ring, limits)?;
+            disk.finished.reserve(usize::from(depth) + 1);
+            let ring = disk.device.queues.remove(0);
+            disk.queues.push(Queue::new(mapper, ring, records, geometry, limits));
         }
-        let table = match device.queues[0].indirect {
-            Indirect::Allowed => Record::DESCRIPTOR * (usize::from(limits.segments) + 2),
-            Indirect::Refused => 0,
-        };
-        // As many as the ring takes, and the one that is kept for who waits; see `submit`.
-        let count = depth + 1;
-        let records = Pieces::allocate(device.mapper, count, Record::LEN + table)?;
-        Ok(Self {
-            device,
-            geometry,
-            limits,
-            slots: (0..count).map(|_| Slot::new(limits.segments)).collect(),
-            free: (0..count).rev().collect(),
-            by_token: alloc::vec![0; depth.into()],
-            records,
-            finished: VecDeque::with_capacity(count.into()),
-            chain: Vec::with_capacity(usize::from(limits.segments) + 2),
-        })
+        Ok(disk)
+    }
+
+    /// The way to the device and the queues, for as many threads.
+    pub fn split(&mut self) -> (&mut T, &mut [Queue<'a, M>]) {
+        (&mut self.device.transport, &mut self.queues)
     }
 
     /// What the disk is like.
@@ -391,28 +436,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     /// # Errors
     /// Any [`BlkError`] but [`BlkError::Failed`]; nothing was put on its way then.
     pub fn submit(&mut self, request: Request<'_, 'a>) -> Result<RequestId, BlkError<T::Error>> {
-        // Completions that nobody polls keep their slots. One slot is left for who waits, and does not poll others'.
-        match self.free.len() {
-            0 | 1 => self.usable().and(Err(BlkError::Busy)),
-            _ => self.put(request),
-        }
-    }
-
-    fn put(&mut self, request: Request<'_, 'a>) -> Result<RequestId, BlkError<T::Error>> {
-        self.usable()?;
-        self.check(&request)?;
-        let slot = *self.free.last().ok_or(BlkError::Busy)?;
-        let offered = self.map(slot, &request).and_then(|()| self.offer(slot, &request));
-        match offered {
-            Ok(expected) => {
-                self.free.pop();
-                Ok(self.slots[usize::from(slot)].begin(slot, &request, expected))
-            }
-            Err(error) => {
-                self.slots[usize::from(slot)].segments.clear();
-                Err(error)
-            }
-        }
+        self.queues[0].submit(request).map_err(BlkError::widen)
     }
 
     /// Tells the device of what was submitted, if it wants to be told.
@@ -420,8 +444,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     /// # Errors
     /// [`BlkError::Transport`] and [`BlkError::Broken`].
     pub fn notify(&mut self) -> Result<(), BlkError<T::Error>> {
-        self.usable()?;
-        match self.device.queues[0].ring.needs_kick() {
+        match self.queues[0].publish().map_err(BlkError::widen)? {
             true => self.device.transport.notify(QUEUE).map_err(BlkError::Transport),
             false => Ok(()),
         }
@@ -434,10 +457,10 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     pub fn poll(&mut self) -> Result<Option<Completion>, BlkError<T::Error>> {
         let completion = match self.finished.pop_front() {
             Some(completion) => Some(completion),
-            None => self.reap()?,
+            None => self.queues[0].reap().map_err(BlkError::widen)?,
         };
         if let Some(completion) = &completion {
-            self.free.push(completion.id.slot);
+            self.queues[0].give_back(completion.id);
         }
         Ok(completion)
     }
@@ -459,24 +482,23 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     /// [`BlkError::Broken`].
     pub fn listen(&mut self) -> Result<bool, BlkError<T::Error>> {
         self.usable()?;
-        let listening = self.device.queues[0].ring.enable_callbacks().map_err(BlkError::Broken)?;
+        let listening = self.queues[0].listen().map_err(BlkError::widen)?;
         Ok(listening || !self.finished.is_empty())
     }
 
     /// Asks for a notification and waits, unless the device has used something already.
     fn rest(&mut self) -> Result<(), BlkError<T::Error>> {
-        let ring = &mut self.device.queues[0].ring;
-        let waited = match ring.enable_callbacks().map_err(BlkError::Broken)? {
+        let waited = match self.queues[0].listen().map_err(BlkError::widen)? {
             true => Ok(()),
             false => self.device.transport.wait(QUEUE),
         };
-        self.device.queues[0].ring.disable_callbacks();
+        self.queues[0].ignore();
         waited.map_err(BlkError::Transport)
     }
 
     fn wait_for(&mut self, request: Request<'_, 'a>) -> Result<Answer, BlkError<T::Error>> {
         let id = loop {
-            match self.put(request) {
+            match self.queues[0].put(request).map_err(BlkError::widen) {
                 Ok(id) => break id,
                 // What is under way may have to end before there is room. Nothing ends that nobody polls.
                 Err(error) if self.is_temporary(&error) => {
@@ -490,7 +512,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
         loop {
             if let Some(at) = self.finished.iter().position(|completion| completion.id == id) {
                 let completion = self.finished.remove(at).expect("just found there");
-                self.free.push(id.slot);
+                self.queues[0].give_back(id);
                 return Ok(completion.result?);
             }
             self.set_aside()?;
@@ -499,7 +521,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
 
     /// Whether the request may go through once another one has come to its end, and there is one to wait for.
     fn is_temporary(&self, error: &BlkError<T::Error>) -> bool {
-        let under_way = self.slots.len() - self.free.len() - self.finished.len();
+        let under_way = self.queues[0].under_way() - self.finished.len();
         let full = match error {
             BlkError::Busy => true,
             BlkError::Dma(error) => error.is_transient(),
@@ -510,7 +532,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
 
     /// Keeps a completion, if there is a new one, for whoever asked for it; else waits a while.
     fn set_aside(&mut self) -> Result<(), BlkError<T::Error>> {
-        match self.reap()? {
+        match self.queues[0].reap().map_err(BlkError::widen)? {
             Some(completion) => {
                 self.finished.push_back(completion);
                 Ok(())
@@ -520,113 +542,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     }
 
     fn usable(&self) -> Result<(), BlkError<T::Error>> {
-        self.device.queues[0].ring.poison().map_or(Ok(()), |error| Err(BlkError::Broken(error)))
-    }
-
-    fn check(&self, request: &Request<'_, 'a>) -> Result<(), BlkError<T::Error>> {
-        let Geometry { sectors: capacity, read_only, cached, discard, write_zeroes, .. } = self.geometry;
-        let in_range = |sector: u64, sectors: u64| match sector.checked_add(sectors) {
-            Some(end) if end <= capacity => Ok(()),
-            _ => Err(BlkError::OutOfRange { sector, sectors }),
-        };
-        let erase = |sector, sectors: u32, max: Option<u32>| {
-            let max = max.ok_or(BlkError::NotOffered)?;
-            match sectors {
-                0 => Err(BlkError::Length { len: 0 }),
-                _ if sectors > max => Err(BlkError::TooLong { count: sectors.into(), max: max.into() }),
-                _ => in_range(sector, sectors.into()),
-            }
-        };
-        let transfer = |sector, buffers: &[Buffer<'_>]| {
-            let len = buffers.iter().map(|buffer| buffer.len() as u64).sum::<u64>();
-            if len == 0 || len % SECTOR != 0 {
-                return Err(BlkError::Length { len });
-            }
-            if len > Limits::BYTES {
-                return Err(BlkError::TooLong { count: len, max: Limits::BYTES });
-            }
-            in_range(sector, len / SECTOR)
-        };
-        let writes = matches!(request, Request::Write { .. } | Request::Discard { .. } | Request::WriteZeroes { .. });
-        if writes && read_only {
-            return Err(BlkError::ReadOnly);
-        }
-        match *request {
-            Request::Read { sector, into } => transfer(sector, into),
-            Request::Write { sector, from } => transfer(sector, from),
-            Request::Flush if !cached => Err(BlkError::NotOffered),
-            Request::Flush | Request::Id => Ok(()),
-            Request::Discard { sector, sectors } => erase(sector, sectors, discard),
-            Request::WriteZeroes { sector, sectors, .. } => erase(sector, sectors, write_zeroes),
-        }
-    }
-
-    /// Lends the request's buffers to the device, in pieces as long as device and mapper can take.
-    fn map(&mut self, slot: u16, request: &Request<'_, 'a>) -> Result<(), BlkError<T::Error>> {
-        let mapper = self.device.mapper;
-        let longest = self.limits.piece.min(mapper.max_len()).max(1);
-        let most = usize::from(self.limits.segments);
-        let segments = &mut self.slots[usize::from(slot)].segments;
-        let (buffers, access) = match *request {
-            Request::Read { into, .. } => (into, Access::Write),
-            Request::Write { from, .. } => (from, Access::Read),
-            _ => return Ok(()),
-        };
-        let count: usize = buffers.iter().map(|buffer| buffer.len().div_ceil(longest)).sum();
-        if count > most {
-            return Err(BlkError::TooLong { count: count as u64, max: most as u64 });
-        }
-        for buffer in buffers {
-            let mut offset = 0;
-            while offset < buffer.len() {
-                let piece = buffer.sub(offset, longest.min(buffer.len() - offset));
-                segments.push(match access {
-                    Access::Write => Segment::FromDevice(Streaming::map(mapper, piece, FromDevice)?),
-                    Access::Read => Segment::ToDevice(Streaming::map(mapper, piece, ToDevice)?),
-                });
-                offset += piece.len();
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes the request's record and puts its chain into the ring. Returns how many bytes the device is to write.
-    fn offer(&mut self, slot: u16, request: &Request<'_, 'a>) -> Result<u32, BlkError<T::Error>> {
-        let Self { device, slots, by_token, records, chain, .. } = self;
-        let record = Record(records.get(slot));
-        record.write(request);
-
-        chain.clear();
-        chain.push(record.header());
-        let payload = record.payload(request);
-        chain.extend(payload.filter(|payload| payload.access == Access::Read));
-        chain.extend(slots[usize::from(slot)].segments.iter().map(Segment::descriptor));
-        chain.extend(payload.filter(|payload| payload.access == Access::Write));
-        chain.push(record.status());
-        let expected = chain.iter().filter(|part| part.access == Access::Write).map(|part| part.len).sum();
-
-        let queue = &mut device.queues[0];
-        // A table has the request take up one entry of the ring, so that more of them fit.
-        let table = (queue.indirect == Indirect::Allowed).then(|| record.table());
-        match queue.ring.add(chain, table) {
-            Ok(token) => {
-                by_token[token.index()] = slot;
-                Ok(expected)
-            }
-            Err(AddError::Full { .. }) => Err(BlkError::Busy),
-            Err(AddError::Poisoned(error)) => Err(BlkError::Broken(error)),
-            Err(error) => unreachable!("a chain within the limits: {error}"),
-        }
-    }
-
-    /// Takes the next used chain off the ring, and back what it had lent.
-    fn reap(&mut self) -> Result<Option<Completion>, BlkError<T::Error>> {
-        let used = self.device.queues[0].ring.take_used().map_err(BlkError::Broken)?;
-        let Some(used) = used else { return Ok(None) };
-        let slot = self.by_token[used.token.index()];
-        let (id, kind, expected) = self.slots[usize::from(slot)].end(slot);
-        let result = Record(self.records.get(slot)).answer(kind, used.written, expected);
-        Ok(Some(Completion { id, result }))
+        self.queues[0].usable().map_err(BlkError::widen)
     }
 }
 
@@ -634,232 +550,7 @@ impl<T: Transport, M: Mapper + ?Sized> Drop for Blk<'_, T, M> {
     fn drop(&mut self) {
         if self.device.stop().is_lost() {
             // The device may still touch what it was lent: nobody else may ever get that memory.
-            mem::forget(mem::take(&mut self.slots));
-            self.records.leak();
-        }
-    }
-}
-
-/// How much one request may have.
-#[derive(Clone, Copy, Debug)]
-struct Limits {
-    segments: u16,
-    /// Bytes in one piece of memory.
-    piece: usize,
-}
-
-impl Limits {
-    /// A chain's length is counted in 32 bits (§2.7.8, §2.8.7); this leaves room for header and status.
-    const BYTES: u64 = u32::MAX as u64 - 4096;
-}
-
-/// Reads the configuration space, and believes what can be.
-fn read_config<T: Transport>(transport: &mut T, features: u64) -> Result<(Geometry, Limits), StartError<T::Error>> {
-    let config = Config::read(transport)?;
-    let taken = |feature| features & bits(feature) != 0;
-    let sectors = config.u64(0);
-    // A byte's position has to have a number too.
-    if sectors > u64::MAX / SECTOR {
-        return Err(StartError::Config { field: "capacity", value: sectors });
-    }
-    let block_size = if taken(F::BLK_SIZE) { config.u32(20) } else { SECTOR as u32 };
-    if !block_size.is_power_of_two() || u64::from(block_size) < SECTOR {
-        return Err(StartError::Config { field: "blk_size", value: block_size.into() });
-    }
-    let piece = if taken(F::SIZE_MAX) { config.u32(8) } else { u32::MAX };
-    if piece == 0 {
-        return Err(StartError::Config { field: "size_max", value: 0 });
-    }
-    let segments = if taken(F::SEG_MAX) { config.u32(12) } else { u32::MAX };
-    if segments == 0 {
-        return Err(StartError::Config { field: "seg_max", value: 0 });
-    }
-    let geometry = Geometry {
-        sectors,
-        block_size,
-        read_only: taken(F::RO),
-        cached: taken(F::FLUSH),
-        discard: taken(F::DISCARD).then(|| config.u32(36)),
-        write_zeroes: taken(F::WRITE_ZEROES).then(|| config.u32(48)),
-    };
-    let segments = u16::try_from(segments).unwrap_or(u16::MAX);
-    Ok((geometry, Limits { segments, piece: piece as usize }))
-}
-
-/// The part of the configuration space that is read (§5.2.4), at one moment.
-struct Config([u8; Config::LEN]);
-
-impl Config {
-    const LEN: usize = 56;
-
-    /// A device that changes its configuration all the time is not waited for longer than this.
-    const TRIES: u32 = 100;
-
-    fn read<T: Transport>(transport: &mut T) -> Result<Self, StartError<T::Error>> {
-        let mut bytes = [0; Self::LEN];
-        let mut generation = transport.config_generation().map_err(StartError::Transport)?;
-        for _ in 0..Self::TRIES {
-            transport.read_config(0, &mut bytes).map_err(StartError::Transport)?;
-            let now = transport.config_generation().map_err(StartError::Transport)?;
-            if now == generation {
-                return Ok(Self(bytes));
-            }
-            generation = now;
-        }
-        Err(StartError::Config { field: "config_generation", value: generation.into() })
-    }
-
-    fn u32(&self, offset: usize) -> u32 {
-        u32::from_le_bytes(self.0[offset..offset + 4].try_into().expect("four bytes"))
-    }
-
-    fn u64(&self, offset: usize) -> u64 {
-        u64::from_le_bytes(self.0[offset..offset + 8].try_into().expect("eight bytes"))
-    }
-}
-
-/// Room for one request under way.
-#[derive(Debug)]
-struct Slot<'a, M: Mapper + ?Sized> {
-    /// Counts the requests that had the slot.
-    generation: u64,
-    kind: Kind,
-    expected: u32,
-    segments: Vec<Segment<'a, M>>,
-}
-
-/// What a slot's request wants back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    /// Nothing but its status, or data in buffers.
-    Plain,
-    Id,
-}
-
-#[derive(Debug)]
-enum Segment<'a, M: Mapper + ?Sized> {
-    ToDevice(Streaming<'a, M, ToDevice>),
-    FromDevice(Streaming<'a, M, FromDevice>),
-}
-
-impl<M: Mapper + ?Sized> Segment<'_, M> {
-    fn descriptor(&self) -> Descriptor {
-        let (addr, len, access) = match self {
-            Segment::ToDevice(mapping) => (mapping.addr(), mapping.len(), Access::Read),
-            Segment::FromDevice(mapping) => (mapping.addr(), mapping.len(), Access::Write),
-        };
-        // `Limits::piece` has 32 bits.
-        Descriptor { addr, len: len as u32, access }
-    }
-}
-
-impl<M: Mapper + ?Sized> Slot<'_, M> {
-    fn new(segments: u16) -> Self {
-        Self { generation: 0, kind: Kind::Plain, expected: 0, segments: Vec::with_capacity(segments.into()) }
-    }
-
-    fn begin(&mut self, slot: u16, request: &Request<'_, '_>, expected: u32) -> RequestId {
-        self.kind = if matches!(request, Request::Id) { Kind::Id } else { Kind::Plain };
-        self.expected = expected;
-        RequestId { slot, generation: self.generation }
-    }
-
-    /// Takes back what was lent: whatever the device wrote is in the buffers afterwards.
-    fn end(&mut self, slot: u16) -> (RequestId, Kind, u32) {
-        self.segments.clear();
-        let id = RequestId { slot, generation: self.generation };
-        self.generation += 1;
-        (id, self.kind, self.expected)
-    }
-}
-
-/// What a request has besides its data, in memory that the device sees all the time: `virtio_blk_req` (§5.2.6).
-///
-/// The device may scribble over all of it at any time, and harms nobody but itself: nothing but the answer is read back.
-#[derive(Clone, Copy)]
-struct Record<'a>(Piece<'a>);
-
-impl<'a> Record<'a> {
-    /// Where in a record the payload, the status and the table are. The header is at its start.
-    const PAYLOAD: usize = 16;
-    const STATUS: usize = 48;
-    const LEN: usize = 64;
-
-    /// The length of a descriptor in a table.
-    const DESCRIPTOR: usize = 16;
-
-    /// What no device writes: it shows a status that was not written.
-    const NO_STATUS: u8 = 0xff;
-
-    fn write(&self, request: &Request<'_, '_>) {
-        let (kind, at) = match *request {
-            Request::Read { sector, .. } => (Type::In, sector),
-            Request::Write { sector, .. } => (Type::Out, sector),
-            Request::Flush => (Type::Flush, 0),
-            Request::Id => (Type::GetId, 0),
-            Request::Discard { .. } => (Type::Discard, 0),
-            Request::WriteZeroes { .. } => (Type::WriteZeroes, 0),
-        };
-        let mut header = [0; 16];
-        header[..4].copy_from_slice(&u32::from(kind).to_le_bytes());
-        header[8..].copy_from_slice(&at.to_le_bytes());
-        self.0.memory.write(0, &header);
-
-        // `virtio_blk_discard_write_zeroes`, or room for a name: cleared, lest an earlier name comes back.
-        let mut payload = [0; Self::STATUS - Self::PAYLOAD];
-        if let Request::Discard { sector, sectors } | Request::WriteZeroes { sector, sectors, .. } = *request {
-            payload[..8].copy_from_slice(&sector.to_le_bytes());
-            payload[8..12].copy_from_slice(&sectors.to_le_bytes());
-        }
-        if let Request::WriteZeroes { unmap: Unmap::Yes, .. } = request {
-            payload[12] = 1;
-        }
-        self.0.memory.write(Self::PAYLOAD, &payload);
-        self.0.memory.write(Self::STATUS, &[Self::NO_STATUS]);
-    }
-
-    fn header(&self) -> Descriptor {
-        self.part(0, 16, Access::Read)
-    }
-
-    fn payload(&self, request: &Request<'_, '_>) -> Option<Descriptor> {
-        match request {
-            Request::Discard { .. } | Request::WriteZeroes { .. } => Some(self.part(Self::PAYLOAD, 16, Access::Read)),
-            Request::Id => Some(self.part(Self::PAYLOAD, 20, Access::Write)),
-            Request::Read { .. } | Request::Write { .. } | Request::Flush => None,
-        }
-    }
-
-    fn status(&self) -> Descriptor {
-        self.part(Self::STATUS, 1, Access::Write)
-    }
-
-    fn part(&self, offset: usize, len: u32, access: Access) -> Descriptor {
-        Descriptor { addr: BusAddr(self.0.addr.0 + offset as u64), len, access }
-    }
-
-    fn table(&self) -> IndirectTable<'a> {
-        let memory = self.0.memory.sub(Self::LEN, self.0.memory.len() - Self::LEN);
-        IndirectTable { memory, addr: BusAddr(self.0.addr.0 + Self::LEN as u64) }
-    }
-
-    /// What the device answered, who says that it wrote `written` bytes of `expected`.
-    fn answer(&self, kind: Kind, written: u32, expected: u32) -> Result<Answer, RequestError> {
-        let mut status = [0];
-        self.0.memory.read(Self::STATUS, &mut status);
-        match S::try_from(status[0]) {
-            Ok(S::Ok) if written < expected => Err(RequestError::Short { written, expected }),
-            Ok(S::Ok) => Ok(match kind {
-                Kind::Plain => Answer::Done,
-                Kind::Id => {
-                    let mut id = [0; 20];
-                    self.0.memory.read(Self::PAYLOAD, &mut id);
-                    Answer::Id(id)
-                }
-            }),
-            Ok(S::Ioerr) => Err(RequestError::Io),
-            Ok(S::Unsupp) => Err(RequestError::Unsupported),
-            _ => Err(RequestError::Status(status[0])),
+            self.queues.drain(..).for_each(Queue::leak);
         }
     }
 }

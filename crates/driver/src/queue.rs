@@ -77,9 +77,4 @@ impl<'a, M: Mapper + ?Sized> Pieces<'a, M> {
         let offset = usize::from(number) % self.per_chunk * self.len;
         Piece { memory: chunk.memory().sub(offset, self.len), addr: BusAddr(chunk.addr().0 + offset as u64) }
     }
-
-    /// Gives the memory up for lost.
-    pub(crate) fn leak(&mut self) {
-        core::mem::forget(core::mem::take(&mut self.chunks));
-    }
 }

@@ -3,6 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -10,6 +11,7 @@ use crate::error::Error;
 use crate::kernel::{self, Kernel};
 use crate::packages::{self, Arch, Installed, Lists, Suite};
 use crate::platform::KernelSeries;
+use crate::tool;
 
 /// Parts of a Debian kernel package that no guest here needs: 250 MB of 390.
 const UNWANTED: &[&str] = &[
@@ -55,6 +57,22 @@ impl<'a> Cache<'a> {
             kernel::inflate(&root)
         })?;
         Kernel::unpacked(&folder.join("root"))
+    }
+
+    /// Xen, in the form that QEMU starts by itself: unpacked from its package and inflated.
+    pub fn xen(&self) -> Result<PathBuf, Error> {
+        const IMAGE: &str = "xen";
+        let folder = self.entry("xen-4.17-amd64", |cache, partial| {
+            let lists = cache.lists(&partial.join("apt"), &[Suite::Bookworm], Arch::Amd64, Installed::Nothing)?;
+            cache.say("fetching Xen 4.17");
+            let root = partial.join("root");
+            packages::unpack(&lists.download("xen-hypervisor-4.17-amd64")?, &root, &["./usr/share"])?;
+            let packed = root.join("boot/xen-4.17-amd64.gz");
+            let image = tool::bytes(Command::new("gzip").args(["--decompress", "--stdout"]).arg(&packed))?;
+            let inflated = partial.join(IMAGE);
+            fs::write(&inflated, image).map_err(Error::file("cannot write", &inflated))
+        })?;
+        Ok(folder.join(IMAGE))
     }
 
     /// The statically linked busybox for `arch`.
@@ -158,6 +176,11 @@ impl<'a> Cache<'a> {
             }
         }
     }
+}
+
+/// A temporary folder, removed when it is dropped.
+pub fn scratch() -> Result<tempfile::TempDir, Error> {
+    tempfile::tempdir().map_err(Error::file("cannot create a folder in", &std::env::temp_dir()))
 }
 
 #[cfg(test)]

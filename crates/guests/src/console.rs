@@ -1,6 +1,7 @@
 //! What a guest printed, read from its console.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 
 /// Begins each line of the init script that is meant for us.
 const MARK: &str = "RINGFENCE ";
@@ -59,6 +60,8 @@ pub struct Guest {
     pub status: Option<String>,
     /// The type of the disk's IOMMU group, as in `DMA-FQ`; none without a group.
     pub group: Option<String>,
+    /// Its memory by its own addresses, as in `/proc/iomem`.
+    pub ram: Vec<RangeInclusive<u64>>,
     /// How far it got with the disk.
     pub disk: Option<DiskState>,
     /// SHA-256 of the whole disk before the guest wrote.
@@ -91,6 +94,7 @@ impl Guest {
             "features" => self.features = Features::parse(value),
             "status" => self.status = text(),
             "group" => self.group = text(),
+            "ram" => self.ram.extend(range(value)),
             "disk" => self.disk = disk_state(value),
             "read" => self.read = sha256(value),
             "written" => self.written = sha256(value),
@@ -99,6 +103,13 @@ impl Guest {
             _ => {}
         }
     }
+}
+
+/// `start-end` in hexadecimal, the end included.
+fn range(value: &str) -> Option<RangeInclusive<u64>> {
+    let (start, end) = value.split_once('-')?;
+    let number = |text| u64::from_str_radix(text, 16).ok();
+    Some(number(start)?..=number(end)?)
 }
 
 fn disk_state(value: &str) -> Option<DiskState> {
@@ -136,12 +147,13 @@ mod tests {
         let digest = "ab".repeat(32);
         let console = format!(
             "SeaBIOS\r\n[ 1.0] oops RINGFENCE kernel=6.1.0\r\nRINGFENCE disk=ready\r\n\
-             RINGFENCE group=DMA-FQ\r\nRINGFENCE read={digest}\r\nRINGFENCE written=cut\r\n\
+             RINGFENCE ram=00001000-0009fbff\r\nRINGFENCE ram=?\r\nRINGFENCE group=DMA-FQ\r\nRINGFENCE read={digest}\r\nRINGFENCE written=cut\r\n\
              RINGFENCE error=a\r\nRINGFENCE unknown=1\r\nRINGFENCE end=done\r\n"
         );
         let expected = Guest {
             kernel: Some("6.1.0".into()),
             group: Some("DMA-FQ".into()),
+            ram: vec![0x1000..=0x9_fbff],
             disk: Some(DiskState::Ready),
             read: Some(digest),
             errors: vec!["a".into()],

@@ -10,6 +10,23 @@ use crate::error::Error;
 /// 16 MiB: enough for requests of a MiB, little enough for an emulated CPU to hash.
 const SIZE: usize = 16 * MIB;
 const MIB: usize = 1 << 20;
+const SECTOR: usize = 512;
+
+/// What a disk image holds, compared with what it may hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageState {
+    /// What it held at first.
+    Untouched,
+    /// Some of the sectors that the guest was to write are written, and the others untouched.
+    Partly,
+    /// What the guest had to write, and around it what was there.
+    Written,
+    /// Something that nobody was to write.
+    Wrong {
+        /// The first sector's place, in bytes.
+        at: usize,
+    },
+}
 
 /// A disk image with known content.
 #[derive(Debug)]
@@ -48,20 +65,23 @@ impl Image {
         &self.expected
     }
 
-    /// Whether the file holds what it held at first.
-    pub fn is_untouched(&self) -> Result<bool, Error> {
-        Ok(self.now()? == self.content)
-    }
-
-    /// Whether the file holds what the guest had to write, and around it what was there.
-    pub fn is_as_expected(&self) -> Result<bool, Error> {
-        let now = self.now()?;
+    /// What the file holds now.
+    pub fn state(&self) -> Result<ImageState, Error> {
+        let now = fs::read(&self.path).map_err(Error::file("cannot read", &self.path))?;
         let first = &self.content[..SIZE / 2];
-        Ok(now.len() == SIZE && now.starts_with(first) && now[SIZE / 2..] == copied_down(first))
-    }
-
-    fn now(&self) -> Result<Vec<u8>, Error> {
-        fs::read(&self.path).map_err(Error::file("cannot read", &self.path))
+        let written = [first, &copied_down(first)].concat();
+        if now == self.content {
+            return Ok(ImageState::Untouched);
+        }
+        if now == written {
+            return Ok(ImageState::Written);
+        }
+        let sector = |bytes: &[u8], at: usize| bytes.get(at..bytes.len().min(at + SECTOR)).unwrap_or_default().to_vec();
+        let wrong = (0..SIZE.max(now.len())).step_by(SECTOR).find(|&at| {
+            let found = sector(&now, at);
+            found != sector(&self.content, at) && found != sector(&written, at)
+        });
+        Ok(wrong.map_or(ImageState::Partly, |at| ImageState::Wrong { at }))
     }
 }
 
@@ -98,20 +118,26 @@ mod tests {
     fn an_image_is_its_seed_and_then_its_first_half_twice() {
         let folder = tempfile::tempdir().unwrap();
         let image = Image::create(&folder.path().join("disk"), 1).unwrap();
-        assert!(image.is_untouched().unwrap() && !image.is_as_expected().unwrap());
+        assert_eq!(image.state().unwrap(), ImageState::Untouched);
 
         let before = fs::read(image.path()).unwrap();
         assert_eq!(hex(Sha256::new().chain_update(&before)), image.initial());
         let mut after = before.clone();
         after.copy_within(MIB..SIZE / 2, SIZE / 2);
+        fs::write(image.path(), &after).unwrap();
+        assert_eq!(image.state().unwrap(), ImageState::Partly);
         after.copy_within(..MIB, SIZE - MIB);
         fs::write(image.path(), &after).unwrap();
-        assert!(image.is_as_expected().unwrap() && !image.is_untouched().unwrap());
+        assert_eq!(image.state().unwrap(), ImageState::Written);
         assert_eq!(hex(Sha256::new().chain_update(&after)), image.expected());
 
         after[SIZE - 1] ^= 1;
         fs::write(image.path(), &after).unwrap();
-        assert!(!image.is_as_expected().unwrap(), "one bit off");
+        assert_eq!(image.state().unwrap(), ImageState::Wrong { at: SIZE - SECTOR }, "one bit off");
+        fs::write(image.path(), &after[..SIZE - SECTOR]).unwrap();
+        assert_eq!(image.state().unwrap(), ImageState::Wrong { at: SIZE - SECTOR }, "cut short");
+        fs::write(image.path(), [&before[..], &[0]].concat()).unwrap();
+        assert_eq!(image.state().unwrap(), ImageState::Wrong { at: SIZE }, "grown");
     }
 
     #[test]

@@ -10,7 +10,8 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs run /run
 
-tell() { echo "RINGFENCE $1=$2"; }
+# By way of the kernel, which writes to its console also where interrupts do not arrive.
+tell() { echo "<1>RINGFENCE $1=$2" >/dev/kmsg; }
 finish() {
     tell end "$1"
     # A power-off waits for a driver whose device is silent; an emergency restart
@@ -20,37 +21,67 @@ finish() {
 }
 
 tell kernel "$(uname -r)"
+while read -r range _ kind; do
+    [ "$kind" = "System RAM" ] && tell ram "$range"
+done </proc/iomem
 
 # The disk's driver reads the partition table before its insmod returns, and
 # waits for ever where a device does not answer: so all of it runs beside us.
 (
-    for module in /modules/*.ko; do insmod "$module" || tell error "cannot load $module"; done
+    for module in /modules/*.ko; do
+        # Its options on the kernel's command line, as modprobe would pass them: `name.option=value`.
+        name=${module##*/[0-9][0-9]-} options=
+        for word in $(cat /proc/cmdline); do
+            [ "${word#"${name%.ko}".}" != "$word" ] && options="$options ${word#*.}"
+        done
+        insmod "$module" $options || tell error "cannot load $module"
+    done
     : >/run/loaded
     until [ -b /dev/vda ]; do sleep 0.1; done
     dd if=/dev/vda of=/dev/null bs=4096 count=1 iflag=direct 2>/run/first && : >/run/ready
 ) &
 
-# A driver that gave up has set FAILED, 0x80. Else 20 s: an emulated CPU on a busy
-# machine is slow, and a back-end that refuses leaves no other trace than silence.
+describe() {
+    for device in /sys/bus/virtio/devices/*; do
+        [ "$(cat "$device/device" 2>/dev/null)" = 0x0002 ] || continue
+        tell features "$(cat "$device/features")"
+        tell status "$(cat "$device/status")"
+        function=$(readlink -f "$device/..")
+        [ -e "$function/iommu_group/type" ] && tell group "$(cat "$function/iommu_group/type")"
+    done
+}
+
+# A driver that gave up has set FAILED, 0x80, and one that has started the device DRIVER_OK, 4. The device's first
+# answer may then take 20 s: an emulated CPU on a busy machine is slow, and a back-end that refuses leaves no other
+# trace than silence.
 failed() { [ -e /run/loaded ] && grep -q '0x000000[89a-f].' /sys/bus/virtio/devices/*/status; }
+started() { grep -q '0x000000.[4-7c-f]' /sys/bus/virtio/devices/*/status 2>/dev/null; }
 uptime() { read -r now _ </proc/uptime && now=${now%.*}; }
 uptime
 deadline=$((now + 20))
+told=
 until [ -e /run/ready ] || [ "$now" -ge $deadline ] || failed; do
     sleep 0.1
     uptime
+    if [ -z "$told" ] && started; then
+        told=1
+        describe
+        tell started "$now"
+    fi
 done
-
-for device in /sys/bus/virtio/devices/*; do
-    [ "$(cat "$device/device" 2>/dev/null)" = 0x0002 ] || continue
-    tell features "$(cat "$device/features")"
-    tell status "$(cat "$device/status")"
-    function=$(readlink -f "$device/..")
-    [ -e "$function/iommu_group/type" ] && tell group "$(cat "$function/iommu_group/type")"
-done
+describe
 
 if [ ! -e /run/ready ]; then
-    [ -b /dev/vda ] && tell disk stuck || tell disk absent
+    if [ -b /dev/vda ]; then
+        tell disk stuck
+        # What a device does that has lost its way shows when it is asked more often.
+        for try in 1 2 3; do
+            dd if=/dev/vda of=/dev/null bs=64k count=16 iflag=direct 2>/dev/null &
+            sleep 1
+        done
+    else
+        tell disk absent
+    fi
     [ -s /run/first ] && tell error "$(tr '\n ' '; ' </run/first)"
     finish refused
 fi

@@ -5,7 +5,9 @@
 //! vhost-user socket, and what a feature bit means is the caller's business.
 //!
 //! ```no_run
-//! use ringfence_guests::{Boot, Cache, Disk, Image, Platform, Qemu, QemuSource, VirtioFlag};
+//! use ringfence_guests::{
+//!     Boot, Cache, Disk, Image, Interface, Platform, Qemu, QemuSource, System, VirtioFlag, Watch,
+//! };
 //! # fn main() -> Result<(), ringfence_guests::Error> {
 //! let cache = Cache::open("target/guests".as_ref(), &|line| println!("{line}"))?;
 //! let platform = Platform::named("arm64-smmuv3-lazy").expect("in the table");
@@ -13,11 +15,16 @@
 //! let boot = Boot {
 //!     qemu: &Qemu::find(&cache, QemuSource::Auto, &[platform.arch])?,
 //!     platform,
-//!     kernel: &cache.kernel(platform.kernel, platform.arch)?,
-//!     busybox: &cache.busybox(platform.arch)?,
+//!     system: System::Linux {
+//!         kernel: &cache.kernel(platform.kernel, platform.arch)?,
+//!         busybox: &cache.busybox(platform.arch)?,
+//!         xen: None,
+//!     },
 //!     disk: Disk::QemuOwn(image.path()),
 //!     platform_access: VirtioFlag::On,
+//!     interface: Interface::Modern,
 //!     timeout: std::time::Duration::from_secs(120),
+//!     watch: &|_| Watch::On,
 //! };
 //! let outcome = boot.run()?;
 //! println!("{:?} after {:?}", outcome.guest()?.group, outcome.elapsed);
@@ -40,19 +47,23 @@ mod modules;
 mod packages;
 mod platform;
 mod qemu;
+mod qmp;
 mod storage_daemon;
 mod tool;
+mod trace;
 mod unpacked;
 
 pub use backend::Backend;
-pub use boot::{Boot, Disk, End, Outcome, VirtioFlag};
-pub use cache::Cache;
+pub use boot::{Boot, Disk, End, Interface, Outcome, System, VirtioFlag, Watch};
+pub use cache::{Cache, scratch};
 pub use console::{DiskState, Features, Guest};
 pub use error::Error;
-pub use image::Image;
+pub use image::{Image, ImageState};
 pub use initramfs::Initramfs;
 pub use kernel::Kernel;
 pub use packages::{Arch, Suite};
-pub use platform::{Iommu, KernelSeries, PLATFORMS, Platform};
+pub use platform::{Hypervisor, Iommu, KernelSeries, PLATFORMS, Platform};
 pub use qemu::{Qemu, QemuSource};
+pub use qmp::{Ring, Virtio};
 pub use storage_daemon::StorageDaemon;
+pub use trace::{IommuTrace, Translation};

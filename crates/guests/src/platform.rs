@@ -53,6 +53,19 @@ pub struct Platform {
     pub(crate) modules: &'static [&'static str],
     /// Whether the disk sits behind an IOMMU of the guest.
     pub iommu: Iommu,
+    /// QEMU's trace events that show what that IOMMU does.
+    pub(crate) trace: &'static [&'static str],
+    /// Whether Linux runs by itself or as Xen's first domain.
+    pub hypervisor: Hypervisor,
+}
+
+/// Who starts Linux.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hypervisor {
+    /// Nobody: it has the machine.
+    None,
+    /// Xen, which makes it a paravirtual dom0 that owns the devices.
+    Xen,
 }
 
 /// Whether a platform has an IOMMU that the guest programs for its disk.
@@ -76,6 +89,8 @@ const X86: Platform = Platform {
     arguments: "",
     modules: &["virtio_pci"],
     iommu: Iommu::Absent,
+    trace: &[],
+    hypervisor: Hypervisor::None,
 };
 
 const ARM64: Platform = Platform {
@@ -87,9 +102,27 @@ const ARM64: Platform = Platform {
     ..X86
 };
 
-const SMMUV3: Platform = Platform { machine: "virt,iommu=smmuv3", iommu: Iommu::Present, ..ARM64 };
+const SMMUV3: Platform = Platform {
+    machine: "virt,iommu=smmuv3",
+    iommu: Iommu::Present,
+    trace: &["smmuv3_translate_success", "smmuv3_record_event"],
+    ..ARM64
+};
 
-const INTEL: Platform = Platform { devices: &["intel-iommu"], iommu: Iommu::Present, ..X86 };
+const INTEL: Platform = Platform {
+    devices: &["intel-iommu"],
+    iommu: Iommu::Present,
+    trace: &["vtd_dmar_translate", "vtd_dmar_fault"],
+    ..X86
+};
+
+const AMD: Platform = Platform {
+    iommu: Iommu::Present,
+    trace: &["amdvi_translation_result", "amdvi_iotlb_hit", "amdvi_page_fault", "amdvi_pages_inval"],
+    ..X86
+};
+
+const XEN: Platform = Platform { console: "hvc0", hypervisor: Hypervisor::Xen, ..X86 };
 
 /// Every platform, in the order of a report.
 pub const PLATFORMS: &[Platform] = &[
@@ -105,13 +138,15 @@ pub const PLATFORMS: &[Platform] = &[
         ..INTEL
     },
     // Passes accesses by in its default form, and breaks interrupts in the one that does not. Never invalidates.
-    Platform { name: "x86-amd", devices: &["amd-iommu,pt=off,intremap=off"], iommu: Iommu::Present, ..X86 },
+    Platform { name: "x86-amd", devices: &["amd-iommu,pt=off,intremap=off"], ..AMD },
+    Platform { name: "x86-amd-defaults", devices: &["amd-iommu"], ..AMD },
     Platform {
         name: "x86-virtio-iommu",
         kernel: KernelSeries::V6_12,
         devices: &["virtio-iommu-pci"],
         modules: &["virtio_pci", "virtio_iommu"],
         iommu: Iommu::Present,
+        trace: &["virtio_iommu_translate_out", "virtio_iommu_report_fault"],
         ..X86
     },
     ARM64,
@@ -124,14 +159,32 @@ pub const PLATFORMS: &[Platform] = &[
         console: "hvc0",
         // The hypervisor's TCE tables are there without any option.
         iommu: Iommu::Present,
+        trace: &["spapr_iommu_xlate"],
         ..X86
     },
+    Platform { name: "xen-dom0", ..XEN },
+    Platform { name: "xen-dom0-intel", devices: INTEL.devices, iommu: Iommu::Present, trace: INTEL.trace, ..XEN },
 ];
 
 impl Platform {
     /// The platform of that name.
     pub fn named(name: &str) -> Option<&'static Self> {
         PLATFORMS.iter().find(|platform| platform.name == name)
+    }
+
+    /// The machine's memory, in MiB.
+    pub(crate) fn memory(&self) -> u64 {
+        match self.hypervisor {
+            Hypervisor::None => 256,
+            // The domain has some of it.
+            Hypervisor::Xen => 512,
+        }
+    }
+
+    /// Where the machine's memory begins and ends, as its devices see it; what else they reach are registers.
+    pub fn ram(&self) -> std::ops::Range<u64> {
+        let start = if self.arch == Arch::Arm64 { 1 << 30 } else { 0 };
+        start..start + (self.memory() << 20)
     }
 }
 

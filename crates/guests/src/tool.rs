@@ -4,11 +4,16 @@ use std::process::{Command, Output, Stdio};
 
 use crate::error::{Error, tail};
 
-/// Runs `command` without input and returns its standard output.
+/// Runs `command` without input and returns its standard output as text.
 pub(crate) fn run(command: &mut Command) -> Result<String, Error> {
+    bytes(command).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// Runs `command` without input and returns its standard output.
+pub(crate) fn bytes(command: &mut Command) -> Result<Vec<u8>, Error> {
     let output = output(command)?;
     if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        return Ok(output.stdout);
     }
     let mut said = String::from_utf8_lossy(&output.stdout).into_owned();
     said.push_str(&String::from_utf8_lossy(&output.stderr));

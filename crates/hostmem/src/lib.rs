@@ -1,9 +1,10 @@
-//! Guest memory mapped into this process.
+//! Memory that others have too, mapped into this process: a guest's, above all.
 //!
 //! Knows files that somebody else shares with us, where their bytes lie here, and by which two kinds of address the
 //! other side names them. Knows no translation, no messages and no rings.
 //!
-//! [`Regions`] is a front-end's memory table, [`SharedMemory`] is memory of our own that another process can map.
+//! [`Regions`] is a front-end's memory table, [`SharedMemory`] is memory of our own that another process can map,
+//! [`FileMemory`] a file.
 //!
 //! # What a hostile front-end may do
 //! It may describe anything: every number is checked before something is mapped. It keeps its file, and may shorten it
@@ -13,12 +14,14 @@
 //! handled the signal before. It may share a file whose pages come from a file system of its own (FUSE), and then make
 //! whoever touches them wait: only its own queues do.
 
+mod file;
 mod mapping;
 mod region;
 mod regions;
 mod shared;
 mod sigbus;
 
+pub use file::FileMemory;
 pub use mapping::MapError;
 pub use region::{Placement, Region};
 pub use regions::{MAX_REGIONS, Pieces, Regions};

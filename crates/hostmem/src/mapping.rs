@@ -130,6 +130,10 @@ impl Mapping {
         unsafe { HostSlice::new(self.start, self.len) }
     }
 
+    pub(crate) fn take_away(&self) -> bool {
+        self.watch.lose()
+    }
+
     pub(crate) fn is_lost(&self) -> bool {
         self.watch.is_lost()
     }

@@ -74,6 +74,16 @@ impl Region {
         self.mapping.is_lost()
     }
 
+    /// Takes the memory away from everybody in this process who still has an address in it, wherever they are: from now on
+    /// they touch memory that nobody else sees, and the region [is lost](Self::is_lost). For those who do not come back
+    /// from touching it. `false`: the kernel can't.
+    ///
+    /// This reaches whoever goes through this process's page tables: its threads, and system calls of theirs that copy.
+    /// It would not reach a device or a file system of the kernel that has looked the pages up; none is ever given these.
+    pub fn take_away(&self) -> bool {
+        self.mapping.take_away()
+    }
+
     /// From `gpa` on, at most `len` bytes, if it is in here.
     #[inline]
     pub(crate) fn at_gpa(&self, gpa: Gpa, len: usize) -> Option<HostSlice<'_>> {

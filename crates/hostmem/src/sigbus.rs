@@ -23,6 +23,13 @@ impl Watch {
         self.0.lost.load(Ordering::Acquire)
     }
 
+    /// Replaces the mapping, as if it had been lost: whoever touches it touches memory that nobody else sees. Whether it
+    /// worked.
+    pub(crate) fn lose(&self) -> bool {
+        let (start, len) = (self.0.start.load(Ordering::Relaxed), self.0.len.load(Ordering::Relaxed));
+        lose(self.0, start, len)
+    }
+
     /// Forgets the mapping, which is about to go.
     pub(crate) fn end(&mut self) {
         self.0.write(0, 0);
@@ -165,7 +172,12 @@ fn replace(addr: usize) -> bool {
         let (start, len) = slot.read()?;
         (addr.wrapping_sub(start) < len).then_some((slot, start, len))
     });
-    let Some((slot, start, len)) = hit else { return false };
+    hit.is_some_and(|(slot, start, len)| lose(slot, start, len))
+}
+
+/// Maps zeroes over the mapping of `slot`. When this returns, no processor writes to what was there any more: the kernel
+/// has taken it out of everybody's tables. Who is waiting for one of its pages finds the zeroes.
+fn lose(slot: &Slot, start: usize, len: usize) -> bool {
     // Before the zeroes: whoever reads one finds the mark.
     slot.lost.store(true, Ordering::Release);
     let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;

@@ -45,6 +45,7 @@ enum Wait {
 
 impl Fence {
     /// One that has passed.
+    #[inline]
     pub(crate) fn nothing(first: BusAddr, last: BusAddr) -> Fence {
         Fence { first, last, waits: Vec::new() }
     }
@@ -88,7 +89,15 @@ impl Fence {
     }
 
     /// Returns when nothing uses what was removed any more.
-    pub fn wait(mut self) {
+    #[inline]
+    pub fn wait(self) {
+        // As it is nearly always.
+        if !self.waits.is_empty() {
+            self.wait_for_all();
+        }
+    }
+
+    fn wait_for_all(mut self) {
         let mut pause = Pause::default();
         while !self.has_passed() {
             pause.pause();

@@ -19,7 +19,8 @@ pub struct Iotlb {
     writer: Mutex<Books>,
     capacity: usize,
     asking: Option<Asking>,
-    counts: Counts,
+    /// Questions asked.
+    misses: AtomicU64,
 }
 
 /// What a lookup of an address that nothing is mapped at comes to.
@@ -135,20 +136,12 @@ pub struct Statistics {
     pub remaps: u64,
     /// Ranges invalidated.
     pub invalidations: u64,
-    /// Accesses that were not let through.
-    pub faults: u64,
     /// Mappings removed to make room.
     pub evictions: u64,
     /// Mappings there are.
     pub mappings: u64,
     /// About how many bytes the table takes.
     pub bytes: u64,
-}
-
-#[derive(Default)]
-struct Counts {
-    misses: AtomicU64,
-    faults: AtomicU64,
 }
 
 struct Books {
@@ -174,13 +167,13 @@ pub(crate) struct Asking {
     /// Whether an update can matter to the questions: nothing is open and nothing refused else. Changed under their
     /// lock, and looked at without it.
     pub(crate) busy: AtomicBool,
+    /// As [`Questions::verdicts`], for looking without their lock.
+    pub(crate) verdicts: AtomicU64,
     pub(crate) questions: Mutex<Questions>,
     /// Held while questions are put into the order of their replies and passed on in that order. Holds the list.
     order: Mutex<Vec<Question>>,
 }
 
-/// So many retired pieces are freed together: each time costs a fence.
-const RETIRED: usize = 64;
 /// See the crate's documentation.
 const BYTES: usize = 128;
 
@@ -204,11 +197,12 @@ impl Iotlb {
                 Unmapped::Ask(ask) => Some(Asking {
                     ask,
                     busy: AtomicBool::new(false),
+                    verdicts: AtomicU64::new(0),
                     questions: Mutex::new(Questions::new(options.replies)),
                     order: Mutex::new(Vec::new()),
                 }),
             },
-            counts: Counts::default(),
+            misses: AtomicU64::new(0),
         })
     }
 
@@ -240,12 +234,10 @@ impl Iotlb {
         let mapping = Translation { first: first.0, last: last.0, host, permission };
         let met = self.table.insert(&mut books.table, mapping);
         books.seen.updates += 1;
-        let replaced = if met == Met::Different {
+        let replaced = (met == Met::Different).then(|| {
             books.seen.remaps += 1;
             self.removed(&books, first, last)
-        } else {
-            Fence::nothing(first, last)
-        };
+        });
         if let Some(asking) = &self.asking {
             // Orders the mapping's store, above, before the look at `busy`, below; in pair with the fence in
             // `View::miss`, which orders the store of `busy` before its second look for the mapping. So either the
@@ -255,11 +247,12 @@ impl Iotlb {
                 let mut questions = lock(&asking.questions);
                 let news = questions.updated(first.0, last.0, permission);
                 asking.busy.store(!questions.is_idle(), Relaxed);
+                asking.verdicts.store(questions.verdicts(), Relaxed);
                 drop(questions);
                 self.tell(books, news);
             }
         }
-        Ok(replaced)
+        Ok(replaced.unwrap_or_else(|| Fence::nothing(first, last)))
     }
 
     /// Removes every mapping that overlaps `first..=last`. They are gone from every view's next visit on; whether
@@ -322,12 +315,15 @@ impl Iotlb {
     pub fn answered(&self, granted: bool) -> Result<(), Unasked> {
         let asking = self.asking.as_ref().ok_or(Unasked)?;
         let mut books = lock(&self.writer);
-        let news = lock(&asking.questions).answered(
+        let mut questions = lock(&asking.questions);
+        let news = questions.answered(
             granted,
             // SAFETY: the writer's lock is held.
             |at| unsafe { self.table.lookup(at) }.map(|found| found.permission),
             Instant::now,
         );
+        asking.verdicts.store(questions.verdicts(), Relaxed);
+        drop(questions);
         books.seen.denials += u64::from(!granted && news.is_some());
         self.tell(books, news.ok_or(Unasked)?);
         Ok(())
@@ -344,8 +340,7 @@ impl Iotlb {
     pub fn statistics(&self) -> Statistics {
         let books = lock(&self.writer);
         Statistics {
-            misses: self.counts.misses.load(Relaxed),
-            faults: self.counts.faults.load(Relaxed),
+            misses: self.misses.load(Relaxed),
             mappings: books.table.mappings() as u64,
             bytes: books.table.bytes() as u64,
             ..books.seen
@@ -386,14 +381,21 @@ impl Iotlb {
     }
 
     /// Frees what nobody can look at any more.
+    #[inline]
     fn collect(&self, books: &mut Books) {
+        if books.grace.is_some() || books.table.is_worth_collecting() {
+            self.collect_some(books);
+        }
+    }
+
+    fn collect_some(&self, books: &mut Books) {
         if let Some(grace) = &mut books.grace {
             grace.visits.retain(|(seat, epoch)| seat.epoch.load(Acquire) == *epoch);
             if grace.visits.is_empty() {
                 books.grace = None;
             }
         }
-        if books.grace.is_none() && books.table.retired.len() >= RETIRED {
+        if books.grace.is_none() && books.table.is_worth_collecting() {
             // Orders the unlinking, in earlier calls, before the look at the epochs: as in `removed`.
             fence(SeqCst);
             let under_way = |seat: &Arc<Seat>| {
@@ -402,7 +404,7 @@ impl Iotlb {
                 (!epoch.is_multiple_of(2)).then(|| (Arc::clone(seat), epoch))
             };
             let visits = books.seats.iter().filter_map(under_way).collect();
-            books.grace = Some(Grace { visits, retired: std::mem::take(&mut books.table.retired) });
+            books.grace = Some(Grace { visits, retired: books.table.take_retired() });
         }
     }
 
@@ -420,6 +422,9 @@ impl Iotlb {
         if news == News::Some {
             let seats = Arc::clone(&books.seats);
             drop(books);
+            // Orders the mapping's store and that of the verdicts before the looks at who waits; in pair with the fence in
+            // `View::may_have_changed`.
+            fence(SeqCst);
             seats.iter().for_each(|seat| seat.tell());
         }
     }
@@ -428,6 +433,10 @@ impl Iotlb {
 
     pub(crate) fn forget_deserted(&self) {
         self.reseat(None);
+    }
+
+    pub(crate) fn verdicts(&self) -> u64 {
+        self.asking.as_ref().map_or(0, |asking| asking.verdicts.load(Relaxed))
     }
 
     pub(crate) fn table(&self) -> &Table {
@@ -442,10 +451,6 @@ impl Iotlb {
         self.asking.as_ref()
     }
 
-    pub(crate) fn count_fault(&self) {
-        self.counts.faults.fetch_add(1, Relaxed);
-    }
-
     /// Passes on what a visit wrote down.
     pub(crate) fn ask(&self, written: impl Iterator<Item = crate::questions::Handle>) {
         let Some(asking) = &self.asking else { return };
@@ -453,7 +458,7 @@ impl Iotlb {
         list.clear();
         lock(&asking.questions).ask(written, &mut list);
         if !list.is_empty() {
-            self.counts.misses.fetch_add(list.len() as u64, Relaxed);
+            self.misses.fetch_add(list.len() as u64, Relaxed);
             asking.ask.ask(&list);
         }
     }

@@ -55,6 +55,8 @@ pub(crate) struct Questions {
     replies: Replies,
     /// Of the question that comes next.
     number: u64,
+    /// How many questions were closed otherwise than by a translation: their waiters have to look more than quickly.
+    verdicts: u64,
     /// How much one answer is expected to cover: a power of two.
     granule: u64,
     /// By access and page.
@@ -106,6 +108,7 @@ impl Questions {
         Questions {
             replies,
             number: 1,
+            verdicts: 0,
             granule: PAGE,
             open: Default::default(),
             unanswered: VecDeque::new(),
@@ -248,6 +251,11 @@ impl Questions {
         self.open.iter().all(BTreeMap::is_empty) && self.refusals.iter().all(BTreeMap::is_empty)
     }
 
+    /// How many questions were settled otherwise than by a translation.
+    pub(crate) fn verdicts(&self) -> u64 {
+        self.verdicts
+    }
+
     /// An UPDATE came for an open question, without the permission.
     fn lacks(&mut self, access: Access, page: u64) {
         let Some(open) = self.open[of(access)].get_mut(&page) else { return };
@@ -296,6 +304,7 @@ impl Questions {
             }
         };
         self.open[of(access)].remove(&handle.page);
+        self.verdicts += 1;
         if let Some(reason) = reason {
             self.refuse(at, access, handle.number, reason);
         }
@@ -303,6 +312,7 @@ impl Questions {
     }
 
     fn refuse(&mut self, at: u64, access: Access, number: u64, reason: FaultReason) {
+        self.verdicts += 1;
         self.refusals[of(access)].insert(page(at), Refusal { number, reason });
         self.refused.push_back((access, page(at), number));
         while self.refused.len() > REFUSALS {

@@ -11,10 +11,14 @@
 //!
 //! What is unlinked is not freed but retired: see `Grace` in `iotlb.rs`.
 
+use crate::index::Index;
 use crate::sync::{AtomicPtr, AtomicU32, AtomicU64};
 use ringfence_dma::Permission;
+use rustix::mm::{Advice, madvise};
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
+use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 /// 1 byte to 2^60 bytes.
@@ -56,19 +60,22 @@ pub(crate) struct Table {
 /// What the writer knows besides.
 #[derive(Default)]
 pub(crate) struct Writer {
-    /// The keys of all clusters that hold something, in order of level and address: a removal finds what lies in its
-    /// range without looking at what does not.
-    index: BTreeSet<u64>,
+    /// The keys of all clusters that are not [`Word::NOTHING`], in order of level and address: a removal finds what lies
+    /// in its range without looking at what does not.
+    index: Index,
+    /// How many clusters hold something, by level and in all.
     clusters: [usize; LEVELS],
+    live: usize,
     /// Slots that have a key, those whose cluster is empty by now included: a key stays until the table is rebuilt.
     claimed: usize,
     mappings: usize,
     leaves: usize,
     spans: usize,
-    /// Where eviction goes on.
-    hand: u64,
+    /// Where eviction goes on: a slot.
+    hand: usize,
     /// Unlinked, and maybe still read.
-    pub(crate) retired: Vec<Retired>,
+    retired: Vec<Retired>,
+    retired_bytes: usize,
 }
 
 /// Memory that readers may still look at.
@@ -126,6 +133,7 @@ pub(crate) struct Span(Translation);
 /// | writable, readable | which of the cluster's granules | host address |
 /// | 0 | 1 | address of a [`Span`] |
 /// | 0 | 2 | address of a [`Leaf`], in a cluster's word only |
+/// | 0 | 3 | 0: nothing, in a cluster that is in the index still |
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Word(u64);
 
@@ -137,11 +145,15 @@ enum Meaning<'t> {
 }
 
 const ADDRESS: u64 = (1 << 56) - 1;
+/// Of a key: which cluster of its level.
+const CLUSTER: u64 = (1 << 60) - 1;
 const SPAN: u64 = 1;
 const LEAF: u64 = 2;
 
 impl Word {
     const NOTHING: Word = Word(0);
+    /// A driver that maps each request comes back to the same clusters over and over: they stay in the index.
+    const VACANT: Word = Word(3 << 56);
 
     fn granule(index: u32, host: u64, permission: Permission) -> Word {
         debug_assert!(index < 64 && host <= ADDRESS);
@@ -233,6 +245,15 @@ impl Run {
     fn mask(self) -> u64 {
         (u64::MAX >> (64 - self.count)) << self.index
     }
+
+    /// A range that is one granule: what nearly all are.
+    fn granule(first: u64, last: u64) -> Option<Run> {
+        let mask = last - first;
+        let bits = mask.trailing_ones();
+        let whole = bits.is_multiple_of(6) && bits <= 60 && mask >> bits == 0 && first & mask == 0;
+        let level = bits / 6;
+        whole.then(|| Run { level, cluster: cluster(level, first), index: index(level, first), count: 1 })
+    }
 }
 
 /// Cuts a range into the largest granules that fit: at most two runs a level, and never two in one cluster.
@@ -265,9 +286,25 @@ fn multiplier(len: usize) -> u64 {
     if cfg!(loom) { 0x9e37_79b9_7f4a_7c15 } else { RandomState::new().hash_one(len) | 1 }
 }
 
+/// A random look at a large table would otherwise miss the processor's own TLB besides. For memory that is not touched yet.
+fn ask_for_huge_pages<T>(memory: &mut [MaybeUninit<T>]) {
+    const HUGE: usize = 2 << 20;
+    let Range { start, end } = memory.as_mut_ptr_range();
+    let skip = start.addr().next_multiple_of(HUGE) - start.addr();
+    let len = (end.addr() / HUGE * HUGE).saturating_sub(start.addr() + skip);
+    if len > 0 {
+        // SAFETY: within `memory`; no advice of this kind changes what is there. A kernel without huge pages says so, and
+        // goes on without.
+        let _ = unsafe { madvise(start.wrapping_byte_add(skip).cast(), len, Advice::LinuxHugepage) };
+    }
+}
+
 impl Slots {
     fn new(len: usize) -> Box<Slots> {
-        let slots = (0..len).map(|_| Slot { key: AtomicU64::new(EMPTY), value: AtomicU64::new(0) }).collect();
+        let mut slots = Vec::with_capacity(len);
+        ask_for_huge_pages(slots.spare_capacity_mut());
+        slots.extend((0..len).map(|_| Slot { key: AtomicU64::new(EMPTY), value: AtomicU64::new(0) }));
+        let slots = slots.into_boxed_slice();
         Box::new(Slots { slots, multiplier: multiplier(len), shift: 64 - len.ilog2() })
     }
 
@@ -348,10 +385,10 @@ impl Table {
             _ => Met::Different,
         };
         writer.mappings += 1;
-        let mut cut = runs(mapping.first, mapping.last);
-        let head = cut.next().expect("a range is not empty");
-        if head.count == 1 && cut.next().is_none() && mapping.host <= ADDRESS {
-            self.put(writer, head, Word::granule(head.index, mapping.host, mapping.permission));
+        if let Some(run) = Run::granule(mapping.first, mapping.last)
+            && mapping.host <= ADDRESS
+        {
+            self.put(writer, run, Word::granule(run.index, mapping.host, mapping.permission));
         } else {
             writer.spans += 1;
             let word = Word::pointer(SPAN, Box::into_raw(Box::new(Span(mapping))));
@@ -375,24 +412,35 @@ impl Table {
                     self.remove_in_cluster(writer, level, cluster, first, last);
                 }
             } else {
-                let found: Vec<u64> = writer.index.range(key(level, low)..=key(level, high)).copied().collect();
-                for found in found {
-                    self.remove_in_cluster(writer, level, found & ((1 << 60) - 1), first, last);
+                for found in writer.index.take(&(key(level, low)..=key(level, high))) {
+                    self.remove_in_cluster(writer, level, found & CLUSTER, first, last);
+                    let Ok(slot) = self.slots().find(found) else { unreachable!("a key stays until a rebuild") };
+                    match Word(slot.value.load(Relaxed)) {
+                        // To a reader they are the same.
+                        Word::VACANT => slot.value.store(Word::NOTHING.0, Release),
+                        _ => writer.index.add(found),
+                    }
                 }
             }
         }
         before - writer.mappings
     }
 
-    /// Removes mappings, about in the order of their addresses and going round, until `enough`.
+    /// Removes mappings until `enough`, cluster by cluster in the order of their slots, which nobody can foresee, and going
+    /// round.
     pub(crate) fn evict(&self, writer: &mut Writer, enough: impl Fn(&Writer) -> bool) -> usize {
         let before = writer.mappings;
-        while !enough(writer) {
-            let next = writer.index.range(writer.hand..).next().or_else(|| writer.index.first());
-            let Some(&found) = next else { break };
-            writer.hand = found + 1;
-            let (level, cluster) = ((found >> 60) as u32, found & ((1 << 60) - 1));
-            self.remove_in_cluster(writer, level, cluster, 0, u64::MAX);
+        let slots = &self.slots().slots;
+        for _ in 0..slots.len() {
+            if enough(writer) {
+                break;
+            }
+            let slot = &slots[writer.hand & (slots.len() - 1)];
+            writer.hand = writer.hand.wrapping_add(1);
+            let key = slot.key.load(Relaxed);
+            if key != EMPTY {
+                self.remove_in_cluster(writer, (key >> 60) as u32, key & CLUSTER, 0, u64::MAX);
+            }
         }
         before - writer.mappings
     }
@@ -448,7 +496,7 @@ impl Table {
             self.take(writer, run);
         }
         // Every word that named it is gone, so it is retired once.
-        writer.retired.push(Retired::Span(word.span()));
+        writer.retire(Retired::Span(word.span()), size_of::<Span>());
     }
 
     /// Empties a run that is known to hold one mapping.
@@ -468,15 +516,15 @@ impl Table {
             writer.leaves -= 1;
             Self::vacate(&self.levels, writer, slot, run.key());
             // The slot that named it is empty by now, so it is retired once.
-            writer.retired.push(Retired::Leaf(word.leaf()));
+            writer.retire(Retired::Leaf(word.leaf()), size_of::<Leaf>());
         } else {
             Self::vacate(&self.levels, writer, slot, run.key());
         }
     }
 
     fn vacate(levels: &AtomicU32, writer: &mut Writer, slot: &Slot, key: u64) {
-        slot.value.store(Word::NOTHING.0, Release);
-        writer.index.remove(&key);
+        slot.value.store(Word::VACANT.0, Release);
+        writer.live -= 1;
         let level = (key >> 60) as usize;
         writer.clusters[level] -= 1;
         if writer.clusters[level] == 0 {
@@ -491,7 +539,10 @@ impl Table {
         // SAFETY: from the table, and the writer is at hand.
         match unsafe { there.meaning() } {
             Meaning::Nothing => {
-                writer.index.insert(run.key());
+                if there == Word::NOTHING {
+                    writer.index.add(run.key());
+                }
+                writer.live += 1;
                 writer.clusters[run.level as usize] += 1;
                 // Before the value: who finds the level empty does not look for it.
                 self.levels.store(self.levels.load(Relaxed) | 1 << run.level, Release);
@@ -534,22 +585,24 @@ impl Table {
     /// Copies the clusters that hold something into slots enough for some more: at least half as many as they are.
     fn rebuild(&self, writer: &mut Writer) {
         let old = self.slots();
-        let live = writer.index.len();
-        let new = Slots::new((live * 3).next_power_of_two().max(FEWEST_SLOTS));
+        let new = Slots::new((writer.live * 3).next_power_of_two().max(FEWEST_SLOTS));
+        writer.index = Index::default();
         for slot in &old.slots {
             let value = slot.value.load(Relaxed);
-            if value != Word::NOTHING.0 {
+            if ![Word::NOTHING, Word::VACANT].contains(&Word(value)) {
                 let key = slot.key.load(Relaxed);
                 let Err(slot) = new.find(key) else { unreachable!("keys are unique") };
                 slot.value.store(value, Relaxed);
                 slot.key.store(key, Relaxed);
+                writer.index.add(key);
             }
         }
-        writer.claimed = live;
+        writer.claimed = writer.live;
+        let bytes = old.slots.len() * size_of::<Slot>();
         // Release: the copies above are there for whoever loads the pointer.
         let old = self.slots.swap(Box::into_raw(new), Release);
         // Unlinked by the line above, so it is retired once.
-        writer.retired.push(Retired::Slots(old));
+        writer.retire(Retired::Slots(old), bytes);
     }
 
     /// For the writer, which alone replaces them. Not kept across `claim`.
@@ -568,15 +621,32 @@ impl Leaf {
     }
 }
 
+/// So many bytes of retired pieces are freed together: each time costs a fence.
+const RETIRED: usize = 64 * size_of::<Leaf>();
+
 impl Writer {
+    fn retire(&mut self, piece: Retired, bytes: usize) {
+        self.retired.push(piece);
+        self.retired_bytes += bytes;
+    }
+
+    pub(crate) fn is_worth_collecting(&self) -> bool {
+        self.retired_bytes >= RETIRED
+    }
+
+    pub(crate) fn take_retired(&mut self) -> Vec<Retired> {
+        self.retired_bytes = 0;
+        std::mem::take(&mut self.retired)
+    }
+
     pub(crate) fn mappings(&self) -> usize {
         self.mappings
     }
 
-    /// About how much memory the table takes.
+    /// How much memory the table takes, at most and but for what is about to be freed.
     pub(crate) fn bytes(&self) -> usize {
-        // A quarter of the slots have keys, between a sixth and a half; the index has as much again beside each key.
-        self.index.len() * (4 * size_of::<Slot>() + 2 * size_of::<u64>())
+        // Of the slots, between a sixth and a half have keys; the index is a vector, and may have room for as much again.
+        self.live * (6 * size_of::<Slot>() + 2 * size_of::<u64>())
             + self.leaves * size_of::<Leaf>()
             + self.spans * size_of::<Span>()
     }

@@ -107,7 +107,8 @@ impl Seat {
 
     /// Wakes the view's thread if it waits for an answer.
     pub(crate) fn tell(&self) {
-        // Set under the questions' lock, which whoever calls this held after the change: no miss goes unnoticed.
+        // Set under the questions' lock, which whoever calls this held after the change, or with a fence that is in pair
+        // with his: no miss goes unnoticed.
         if self.waits.load(Relaxed) && self.waits.swap(false, Relaxed) {
             self.wake.0.wake();
         }
@@ -199,7 +200,7 @@ impl View {
                 Some(_) => FaultReason::Forbidden,
                 None => FaultReason::Unmapped,
             };
-            return Err(self.fault(addr, access, reason));
+            return Err(Fault { addr, access, reason }.into());
         };
         // The one lock taken during a visit: by who misses, for as long as a look into two trees takes, and nobody
         // waits for anything while holding it.
@@ -211,7 +212,9 @@ impl View {
         if let Some(found) = self.find(addr.0, access) {
             return Ok(found);
         }
-        match questions.miss(addr, access, asked, Instant::now) {
+        let verdict = questions.miss(addr, access, asked, Instant::now);
+        asking.verdicts.store(questions.verdicts(), Relaxed);
+        match verdict {
             Verdict::Wait { miss, question, retry } => {
                 self.seat.waits.store(true, Relaxed);
                 drop(questions);
@@ -221,16 +224,8 @@ impl View {
                 }
                 Err(Stop::Miss(miss))
             }
-            Verdict::Refused(reason) => {
-                drop(questions);
-                Err(self.fault(addr, access, reason))
-            }
+            Verdict::Refused(reason) => Err(Fault { addr, access, reason }.into()),
         }
-    }
-
-    fn fault(&self, addr: BusAddr, access: Access, reason: FaultReason) -> Stop {
-        self.iotlb.count_fault();
-        Fault { addr, access, reason }.into()
     }
 }
 
@@ -285,6 +280,33 @@ impl ringfence_dma::Visit for Visit<'_> {
         // SAFETY: by the contract of `Iotlb::update` the memory is good until a fence has passed that came after its
         // removal; and the fence waits for this visit, which the slice borrows.
         Ok(unsafe { HostSlice::new(start, len) })
+    }
+
+    #[inline]
+    fn verdicts(&self) -> u64 {
+        self.view.iotlb.verdicts()
+    }
+
+    #[inline]
+    fn may_have_changed(&self, addr: BusAddr, access: Access, verdicts: u64) -> bool {
+        // Whoever waits is told once for each time that it says so, and it waits on if this finds nothing.
+        self.view.seat.waits.store(true, Relaxed);
+        // Orders the store above before the looks for the mapping and the verdicts, below; in pair with the fences in
+        // `Iotlb::update` and `Iotlb::answered`, which order those before the look at `waits`. So either the answer is
+        // found here, or the view is told.
+        fence(SeqCst);
+        self.view.find(addr.0, access).is_some() || self.verdicts() != verdicts
+    }
+
+    #[inline]
+    fn approach(&self, addr: BusAddr, access: Access) {
+        if let Some(found) = self.view.find(addr.0, access) {
+            let host = found.host.wrapping_add(addr.0 - found.first) as usize;
+            if let Some(start) = NonNull::new(std::ptr::with_exposed_provenance_mut::<u8>(host)) {
+                // SAFETY: as in `resolve`.
+                unsafe { HostSlice::new(start, 1) }.approach(access);
+            }
+        }
     }
 
     #[inline]

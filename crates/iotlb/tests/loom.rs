@@ -303,3 +303,63 @@ fn no_answer_goes_unnoticed() {
         assert!(view.visit().resolve(PAGE, 8, Access::Read, None).is_ok());
     });
 }
+
+/// The quick look at what was missed takes no lock: either it finds the answer, or the view is told of it.
+#[test]
+fn no_answer_escapes_a_quick_look() {
+    for granted in [true, false] {
+        check(AtMost(3), move || {
+            let iotlb = cache();
+            let woken = Arc::new(Count(AtomicUsize::new(0)));
+            let mut view = iotlb.view(Arc::clone(&woken) as Arc<dyn Wake>);
+            let verdicts = {
+                let visit = view.visit();
+                let verdicts = visit.verdicts();
+                assert!(matches!(visit.resolve(PAGE, 8, Access::Read, None), Err(Stop::Miss(_))));
+                assert!(matches!(visit.resolve(OTHER, 8, Access::Read, None), Err(Stop::Miss(_))));
+                verdicts
+            };
+            // News of something else use up the wake-up that the misses have earned.
+            map(&iotlb, OTHER, 1);
+            let before = woken.0.load(Ordering::SeqCst);
+            assert_eq!(before, 1);
+            let queue = thread::spawn(move || {
+                let found = view.visit().may_have_changed(PAGE, Access::Read, verdicts);
+                (view, found)
+            });
+            if granted {
+                map(&iotlb, PAGE, 0);
+            } else {
+                iotlb.answered(false).unwrap();
+            }
+            let (mut view, found) = queue.join().unwrap();
+            assert!(found || woken.0.load(Ordering::SeqCst) > before, "neither found nor told");
+            assert!(view.visit().may_have_changed(PAGE, Access::Read, verdicts));
+        });
+    }
+}
+
+/// A disk that is slow: what it brings is moved in a visit that looks the page up anew. Nobody waits for the disk, and
+/// where the page is another's by then, the bytes go there or nowhere.
+#[test]
+fn what_comes_late_goes_to_where_the_page_is_then() {
+    check(AtMost(3), || {
+        let (world, iotlb) = (World::new(), cache());
+        map(&iotlb, PAGE, 0);
+        let mut view = iotlb.view(Arc::new(Nobody));
+        let queue = thread::spawn({
+            let world = LoomArc::clone(&world);
+            move || {
+                // The request starts; then its visit is over, and it holds nothing.
+                let _ = view.visit().resolve(PAGE, 8, Access::Write, None).is_ok();
+                touch(&world, &mut view, PAGE);
+            }
+        });
+        iotlb.invalidate(PAGE, LAST).wait();
+        world.give_away(0);
+        map(&iotlb, PAGE, 1);
+        iotlb.invalidate(PAGE, LAST).wait();
+        world.give_away(1);
+        queue.join().unwrap();
+    });
+}

@@ -101,7 +101,7 @@ fn a_mebibyte_is_asked_for_at_once_and_goes_through_once_answered() {
     assert!(into == from);
     assert_eq!(world.iotlb.answered(true), Err(Unasked));
     let seen = world.iotlb.statistics();
-    assert_eq!((seen.misses, seen.updates, seen.mappings, seen.faults), (256, 256, 256, 0));
+    assert_eq!((seen.misses, seen.updates, seen.mappings, seen.denials), (256, 256, 256, 0));
 }
 
 #[test]
@@ -113,7 +113,7 @@ fn a_denial_faults_and_is_counted() {
     assert_eq!(world.frontend.woken(), 1);
     let denied = copy_from_bus(&world.view.visit(), at(3), &mut byte, Some(miss.ticket));
     assert_eq!(denied, fault(at(3), Access::Read, FaultReason::Unmapped));
-    assert_eq!((world.iotlb.statistics().faults, world.iotlb.statistics().denials), (1, 1));
+    assert_eq!(world.iotlb.statistics().denials, 1);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-use ringfence_device::queue::{Broken, Queue, Report, Stopped};
+use ringfence_device::queue::{Broken, Look, Queue, Report, Stopped};
 use ringfence_device::{Device, Handler};
 use ringfence_dma::Memory;
 use ringfence_driver::embedded::DeviceEnd;
@@ -129,7 +129,7 @@ impl<S: Slot> DeviceEnd for Attached<S> {
 
     fn turn(&mut self, queue: u16) -> bool {
         let Some(served) = self.queues.get_mut(&queue) else { return false };
-        match served.turn(true) {
+        match served.turn(Look::Thorough) {
             Ok(turn) => turn.worked,
             Err(broken) => {
                 self.queues.remove(&queue);

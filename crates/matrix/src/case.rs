@@ -1,3 +1,5 @@
+use crate::real;
+use crate::record::Source;
 use ringfence_policy::{DeviceKind, Platform};
 use std::fmt;
 use std::str::FromStr;
@@ -107,6 +109,7 @@ struct Term {
 /// What a selection can ask of a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Key {
+    Source,
     Platform,
     Driver,
     Device,
@@ -119,7 +122,7 @@ pub enum SelectError {
     #[error("'{0}' is not of the form KEY=NAME or KEY!=NAME")]
     Form(String),
     /// No such key.
-    #[error("'{0}' is not a key: expected platform, driver or device")]
+    #[error("'{0}' is not a key: expected source, platform, driver or device")]
     Key(String),
     /// Nothing has that name.
     #[error("no {key} is called '{name}': there are {known}")]
@@ -161,8 +164,11 @@ impl fmt::Display for Select {
 }
 
 impl Key {
+    const ALL: [Key; 4] = [Key::Source, Key::Platform, Key::Driver, Key::Device];
+
     fn name(self) -> &'static str {
         match self {
+            Key::Source => "source",
             Key::Platform => "platform",
             Key::Driver => "driver",
             Key::Device => "device",
@@ -171,6 +177,7 @@ impl Key {
 
     fn of(self, case: &Case) -> &'static str {
         match self {
+            Key::Source => Source::Embedded.slug(),
             Key::Platform => case.platform_slug(),
             Key::Driver => case.driver.slug(),
             Key::Device => case.device_slug(),
@@ -200,9 +207,10 @@ impl FromStr for Term {
     fn from_str(text: &str) -> Result<Self, SelectError> {
         let (key, names) = text.split_once('=').ok_or_else(|| SelectError::Form(text.into()))?;
         let (key, negated) = key.strip_suffix('!').map_or((key, false), |key| (key, true));
-        let kind = [Key::Platform, Key::Driver, Key::Device].into_iter().find(|kind| kind.name() == key);
+        let kind = Key::ALL.into_iter().find(|kind| kind.name() == key);
         let kind = kind.ok_or_else(|| SelectError::Key(key.into()))?;
         let mut known: Vec<_> = Case::all().iter().map(|case| kind.of(case)).collect();
+        known.extend(real::Cell::all().iter().flat_map(|cell| cell.names(kind)));
         known.sort_unstable();
         known.dedup();
         let names: Vec<String> = names.split('|').map(str::to_owned).collect();
@@ -227,6 +235,8 @@ mod tests {
             ("platform!=x86*|xen*  driver=old", 20),
             ("device=old-*,driver!=old,platform=xen|arm64*", 18),
             ("platform=xen platform=x86", 0),
+            ("source=embedded", 160),
+            ("source=real", 0),
         ] {
             let select: Select = text.parse().unwrap();
             assert_eq!(Case::all().iter().filter(|case| select.matches(case)).count(), count, "{text}");
@@ -238,6 +248,7 @@ mod tests {
             assert_eq!(text.parse::<Select>(), Err(error));
         }
         let error = "driver=older".parse::<Select>().unwrap_err();
-        assert_eq!(error.to_string(), "no driver is called 'older': there are allowing, new, old, refusing");
+        let known = "allowing, linux, linux-legacy, new, old, refusing, virtio-drivers";
+        assert_eq!(error.to_string(), format!("no driver is called 'older': there are {known}"));
     }
 }

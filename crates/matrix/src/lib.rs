@@ -32,6 +32,7 @@ mod xen;
 pub mod compatibility;
 pub mod html;
 pub mod proposal;
+pub mod real;
 pub mod record;
 pub mod report;
 pub mod world;

@@ -2,7 +2,7 @@
 //!
 //! All of that is data (`data/proposal.json`), for people to read and to argue with.
 
-use crate::world::{Flag, Observation};
+use crate::world::Flag;
 use crate::{Case, Select, Verdict};
 use serde::{Deserialize, Deserializer, de};
 use std::sync::LazyLock;
@@ -82,29 +82,46 @@ impl Proposal {
 
     /// Compares what was seen of a cell with every sentence about it. An unexpected disagreement comes before an expected
     /// one.
-    pub fn compare(&self, case: Case, seen: &Observation, verdict: Verdict) -> Agreement<'_> {
+    pub fn compare(&self, case: Case, flag: Flag, verdict: Verdict) -> Agreement<'_> {
+        self.compare_knowing(case, flag, verdict, |sentence| {
+            self.disagreements.iter().find(|known| known.is_of(sentence, verdict) && known.cells.matches(&case))
+        })
+    }
+
+    /// The same, with other disagreements expected: `known` finds one with the sentence of a name.
+    pub(crate) fn compare_knowing<'p>(
+        &'p self,
+        case: Case,
+        flag: Flag,
+        verdict: Verdict,
+        known: impl Fn(&str) -> Option<&'p Disagreement>,
+    ) -> Agreement<'p> {
         let mut agreement = Agreement::Silent;
         for sentence in self.about(case) {
             if sentence.is_unsure() {
                 return Agreement::Unsure(sentence);
             }
-            if sentence.holds(verdict, seen.flag) {
+            if sentence.holds(verdict, flag) {
                 agreement = match agreement {
                     Agreement::Silent => Agreement::Agrees,
                     other => other,
                 };
                 continue;
             }
-            let known = |known: &&Disagreement| {
-                known.sentence == sentence.id && known.cells.matches(&case) && known.verdicts.contains(&verdict)
-            };
-            agreement = match (self.disagreements.iter().find(known), agreement) {
+            agreement = match (known(&sentence.id), agreement) {
                 (None, _) => return Agreement::Unexpected(sentence),
                 (Some(_), first @ Agreement::Expected(..)) => first,
                 (Some(known), _) => Agreement::Expected(sentence, known),
             };
         }
         agreement
+    }
+}
+
+impl Disagreement {
+    /// Whether it is with that sentence, and with this verdict.
+    pub(crate) fn is_of(&self, sentence: &str, verdict: Verdict) -> bool {
+        self.sentence == sentence && self.verdicts.contains(&verdict)
     }
 }
 
@@ -139,15 +156,33 @@ impl<'de> Deserialize<'de> for Select {
 }
 
 fn verdicts<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Verdict>, D::Error> {
-    named(from, |name| Verdict::ALL.into_iter().find(|verdict| verdict.slug() == name))
+    Vec::<String>::deserialize(from)?.iter().map(|name| known(name, verdict(name))).collect()
 }
 
 fn flags<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Flag>, D::Error> {
-    named(from, |name| [Flag::NotOffered, Flag::Taken, Flag::NotTaken].into_iter().find(|flag| flag.slug() == name))
+    Vec::<String>::deserialize(from)?.iter().map(|name| known(name, flag(name))).collect()
 }
 
-fn named<'de, D: Deserializer<'de>, T>(from: D, find: impl Fn(&str) -> Option<T>) -> Result<Vec<T>, D::Error> {
-    let names = Vec::<String>::deserialize(from)?;
-    let values = names.iter().map(|name| find(name).ok_or_else(|| de::Error::custom(format!("what is '{name}'?"))));
-    values.collect()
+/// A verdict by its name.
+pub(crate) fn verdict_named<'de, D: Deserializer<'de>>(from: D) -> Result<Verdict, D::Error> {
+    let name = String::deserialize(from)?;
+    known(&name, verdict(&name))
+}
+
+/// What became of the flag, by its name.
+pub(crate) fn flag_named<'de, D: Deserializer<'de>>(from: D) -> Result<Flag, D::Error> {
+    let name = String::deserialize(from)?;
+    known(&name, flag(&name))
+}
+
+fn verdict(name: &str) -> Option<Verdict> {
+    Verdict::ALL.into_iter().find(|verdict| verdict.slug() == name)
+}
+
+fn flag(name: &str) -> Option<Flag> {
+    [Flag::NotOffered, Flag::Taken, Flag::NotTaken].into_iter().find(|flag| flag.slug() == name)
+}
+
+fn known<T, E: de::Error>(name: &str, found: Option<T>) -> Result<T, E> {
+    found.ok_or_else(|| de::Error::custom(format!("what is '{name}'?")))
 }

@@ -50,6 +50,7 @@ impl Record {
     fn is_in(&self, select: &Select) -> bool {
         let (platform, driver, device) = place(self);
         select.matches_names(|key| match key {
+            Key::Source => vec![self.source.slug()],
             Key::Platform => vec![&self.platform, platform],
             Key::Driver => vec![&self.driver, driver],
             Key::Device => vec![&self.device, device],

@@ -93,7 +93,7 @@ impl Cell {
     pub fn run(case: Case, parts: &dyn Parts) -> Self {
         let seen = observe(case, parts);
         let observed = Verdict::of(&seen);
-        let agreement = Proposal::the().compare(case, &seen, observed);
+        let agreement = Proposal::the().compare(case, seen.flag, observed);
         Self { case, observed, agreement, reason: reason(&seen), flag: seen.flag, evidence: Evidence::of(&seen) }
     }
 
@@ -264,19 +264,6 @@ impl Cell {
             }
         }
     }
-}
-
-/// The real cells of `table` for a terminal; nothing if there are none.
-pub fn real(table: &Table) -> String {
-    let mut text = String::new();
-    let mut platform = None;
-    for cell in table.cells.iter().filter(|cell| cell.source == Source::Real) {
-        if platform.replace(&cell.platform) != Some(&cell.platform) {
-            let _ = writeln!(text, "\nreal: {}", cell.platform);
-        }
-        let _ = writeln!(text, "  {:21} {:22} {:29} {}", cell.driver, cell.device, cell.observed, cell.why);
-    }
-    text
 }
 
 /// A sentence's place in the text.

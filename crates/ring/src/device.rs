@@ -58,6 +58,15 @@ impl DeviceQueue {
         }
     }
 
+    /// Where the queue is as far as the driver sees: behind what was popped and what was published. A queue that goes on
+    /// from here pushes again what was pushed and not published.
+    pub fn published(&self) -> Position {
+        match &self.0 {
+            Queue::Split(queue) => queue.published(),
+            Queue::Packed(queue) => queue.published(),
+        }
+    }
+
     /// How many entries of the ring are popped and not pushed: chains in a split ring, descriptors in a packed one.
     pub fn under_way(&self) -> u16 {
         match &self.0 {

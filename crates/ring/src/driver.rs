@@ -263,6 +263,13 @@ impl<M: RingMemory> DriverQueue<M> {
         either!(ring, ring => ring.take_used(memory, chains)).inspect_err(|&error| *poison = Some(error))
     }
 
+    /// Whether the device has used something that was not taken back, or broke the rules: what
+    /// [`Self::take_used`] will tell.
+    #[inline]
+    pub fn has_used(&self) -> bool {
+        self.poison.is_some() || either!(&self.ring, ring => ring.has_used(&self.memory))
+    }
+
     /// Lets the device know that it need not tell of what it uses. It may all the same.
     #[inline]
     pub fn disable_callbacks(&mut self) {

@@ -1,9 +1,11 @@
 //! The `ringfence` command line.
 
+mod bench;
 mod demo;
 mod log;
 mod matrix;
 mod serve;
+mod wrap;
 
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
@@ -33,6 +35,8 @@ enum Command {
     /// Serve a vhost-user device that respects the guest's IOMMU
     #[command(subcommand)]
     Serve(serve::Serve),
+    Wrap(wrap::Wrap),
+    Bench(bench::Bench),
     Demo(demo::Demo),
     Matrix(matrix::Run),
 }
@@ -50,6 +54,8 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Serve(serve) => serve.run(),
+        Command::Wrap(wrap) => wrap.run(),
+        Command::Bench(bench) => bench.run(),
         Command::Demo(demo) => demo.run(),
         Command::Matrix(matrix) => matrix.run(),
     }

@@ -1,9 +1,12 @@
 //! `ringfence matrix`: the proposal's table, every cell executed.
 
+mod real;
+
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use ringfence_matrix::record::Table;
-use ringfence_matrix::{Genuine, Matrix, Select, compatibility, html, report};
+use ringfence_matrix::real::{Cell, Report};
+use ringfence_matrix::record::{Record, Table};
+use ringfence_matrix::{Case, Genuine, Matrix, Select, compatibility, html};
 use std::fs;
 use std::io::{Write, stdout};
 use std::path::{Path, PathBuf};
@@ -14,9 +17,11 @@ use std::process::ExitCode;
 /// Each cell is a small machine in this process: a driver, a disk, a ring between them, and the IOMMU or the address
 /// translation that the platform has. Bytes are written and read back, and canaries tell what else was touched. Needs
 /// neither root nor QEMU, and takes well under a second.
+///
+/// With --real the same table is also executed by real kernels in real QEMU, which takes minutes.
 #[derive(Args)]
 #[command(after_long_help = "Exit status: 0 if every cell is as the proposal has it, or differs for a reason that is \
-                             known; 1 if one differs for none, or something failed.")]
+                             known; 1 if one differs for none, or something failed; 130 after Ctrl-C.")]
 pub(crate) struct Run {
     /// How to write it
     #[arg(long, value_enum, default_value_t = Format::Table)]
@@ -24,13 +29,19 @@ pub(crate) struct Run {
     /// Where to write it, instead of to standard output
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Run some of the cells: KEY=NAME or KEY!=NAME with the keys platform, driver and device, names separated by '|',
-    /// ending in '*' for any rest. For example 'platform=xen|x86* driver!=old'
+    /// Run some of the cells: KEY=NAME or KEY!=NAME with the keys source (embedded or real), platform, driver and
+    /// device, names separated by '|', ending in '*' for any rest. A real cell is also called by the names of the cell
+    /// that it stands for. For example 'platform=xen|x86* driver!=old'
     #[arg(long, value_name = "EXPR", default_value = "", hide_default_value = true)]
     only: Select,
     /// Put the real cells of this JSON, which --format json wrote, beside the embedded ones, rather than boot them again
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "real")]
     from: Option<PathBuf>,
+    /// Only name the cells
+    #[arg(long)]
+    list: bool,
+    #[command(flatten)]
+    real: real::Args,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -47,26 +58,52 @@ enum Format {
 
 impl Run {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
-        let real = self.from.as_deref().map(stored).transpose()?.map(|table| table.into_real(&self.only));
+        let stored = self.from.as_deref().map(stored).transpose()?.map(|table| table.into_real(&self.only));
+        let cells = if self.real.real { Cell::selected(&self.only) } else { Vec::new() };
+        let cases: Vec<Case> = Case::all().into_iter().filter(|case| self.only.matches(case)).collect();
+        let none = cells.is_empty() && cases.is_empty() && stored.as_ref().is_none_or(Vec::is_empty);
+        anyhow::ensure!(!none, "--only leaves no cell");
+        if self.list {
+            cases.iter().for_each(|case| println!("source=embedded {case}"));
+            cells.iter().for_each(|cell| println!("source=real {cell}"));
+            return Ok(ExitCode::SUCCESS);
+        }
         let matrix = Matrix::run(&self.only, &Genuine);
-        anyhow::ensure!(!matrix.cells.is_empty(), "--only leaves no cell");
+        let real = match stored {
+            Some(stored) => stored,
+            None if cells.is_empty() => Vec::new(),
+            None => self.real.run(&cells)?,
+        };
+        self.write(&matrix, &real)?;
+        if real.len() < cells.len() {
+            eprintln!("ringfence: stopped after {} of {} real cells", real.len(), cells.len());
+            return Ok(ExitCode::from(real::STOPPED));
+        }
+        let skipped = self.real.refuses_to_skip(&real);
+        if skipped > 0 {
+            eprintln!("ringfence: {skipped} cells were skipped, and --no-skip was given");
+        }
+        let unexpected = matrix.unexpected().count() + real.iter().filter(|cell| cell.unexpected).count();
+        if unexpected > 0 {
+            eprintln!("ringfence: {unexpected} cells are not as they should be, for no reason that is known");
+        }
+        Ok(if unexpected + skipped == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    fn write(&self, matrix: &Matrix, real: &[Record]) -> anyhow::Result<()> {
         let mut table = matrix.table();
-        table.cells.extend(real.into_iter().flatten());
+        table.cells.extend_from_slice(real);
         let text = match self.format {
-            Format::Table => format!("{matrix}{}", report::real(&table)),
+            Format::Table if matrix.cells.is_empty() => Report(real).to_string(),
+            Format::Table => format!("{matrix}{}", Report(real)),
             Format::Json => serde_json::to_string_pretty(&table)? + "\n",
             Format::Html => html::page(&table),
             Format::Markdown => compatibility::page(&table),
         };
         match &self.output {
-            Some(path) => fs::write(path, text).with_context(|| format!("can't write {}", path.display()))?,
-            None => stdout().write_all(text.as_bytes()).context("can't write to standard output")?,
+            Some(path) => fs::write(path, text).with_context(|| format!("can't write {}", path.display())),
+            None => stdout().write_all(text.as_bytes()).context("can't write to standard output"),
         }
-        let unexpected = table.cells.iter().filter(|cell| cell.unexpected).count();
-        if unexpected > 0 {
-            eprintln!("ringfence: {unexpected} cells are not as the proposal has them, for no reason that is known");
-        }
-        Ok(if unexpected == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
 
@@ -102,6 +139,7 @@ mod tests {
         assert_eq!((read["schema"].as_u64(), read["cells"].as_array().map(Vec::len)), (Some(1), Some(5)));
 
         assert!(run(&["--only", "platform=xen platform=x86"]).run().is_err(), "no cell is both");
+        assert!(run(&["--only", "source=real"]).run().is_err(), "none without --real");
     }
 
     #[test]

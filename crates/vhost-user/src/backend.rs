@@ -39,15 +39,19 @@ impl Backend {
 
     /// Tells the front-end of an access that its translation does not allow.
     pub(crate) fn access_failed(&self, fault: Fault) {
-        let perm = permission(fault.access);
-        self.send(&[IotlbReport::AccessFail { iova: fault.addr, perm }], NeedReply::No);
+        let report = IotlbReport::AccessFail { iova: fault.addr, perm: permission(fault.access) };
+        self.send(&[BackendRequest::IotlbMsg(report)], NeedReply::No);
     }
 
-    fn send(&self, reports: &[IotlbReport], need_reply: NeedReply) {
+    /// Tells the front-end that the configuration space has changed.
+    pub(crate) fn config_changed(&self) {
+        self.send(&[BackendRequest::ConfigChangeMsg], NeedReply::No);
+    }
+
+    fn send(&self, requests: &[BackendRequest], need_reply: NeedReply) {
         let mut sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(sender) = &mut *sender else { return };
-        for &report in reports {
-            let request: BackendRequest = BackendRequest::IotlbMsg(report);
+        for request in requests {
             if let Err(error) = sender.queue(&request.encode(need_reply)) {
                 tracing::error!("the front-end does not read what its device asks: {error}; the device stands still");
                 break;
@@ -64,6 +68,7 @@ impl Ask for Backend {
         let misses: Vec<_> = questions
             .iter()
             .map(|question| IotlbReport::Miss { iova: question.addr, perm: permission(question.access) })
+            .map(BackendRequest::IotlbMsg)
             .collect();
         self.send(&misses, need_reply);
     }

@@ -438,9 +438,24 @@ impl Frontend {
     /// # Errors
     /// The back-end did not promise it: assume that it goes on.
     pub fn invalidate(&self, range: Invalidated) -> Result<(), ClientError> {
+        self.invalidate_then(range, || {})
+    }
+
+    /// As [`Frontend::invalidate`], for translations that change rather than go: `change` is called when the back-end has
+    /// promised, and before another miss is answered, so that none is answered with what was, or denied. Until then the
+    /// translator knows what was.
+    ///
+    /// # Errors
+    /// As [`Frontend::invalidate`]; `change` was not called.
+    pub fn invalidate_then(&self, range: Invalidated, change: impl FnOnce()) -> Result<(), ClientError> {
         self.shared.require(ProtocolFeatures::REPLY_ACK, "REPLY_ACK")?;
         self.shared.counts.invalidated();
-        self.shared.command(&Ask::IotlbMsg(Iotlb::Invalidate(range)))
+        let request = Ask::IotlbMsg(Iotlb::Invalidate(range));
+        let mut wire = self.shared.wire();
+        wire.send(request.code(), &request.encode(NeedReply::Yes))?;
+        wire.acknowledged(request.code())?;
+        change();
+        Ok(())
     }
 
     /// Gives a translation unasked.
@@ -458,9 +473,27 @@ impl Frontend {
         self.shared.counts.snapshot()
     }
 
+    /// The process at the other end: the one that listened, or made the connection. `None` where it can't be told.
+    pub fn backend_process(&self) -> Option<u32> {
+        let peer = rustix::net::sockopt::socket_peercred(&self.shared.socket).ok()?;
+        u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
+    }
+
+    /// Whether the back-end has not hung up.
+    pub fn is_connected(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut fds = [PollFd::new(&self.shared.socket, PollFlags::RDHUP)];
+        poll(&mut fds, Some(&Timespec::default())) == Ok(0)
+    }
+
     /// Why misses are not answered any more, if so: the back-end closed its channel or sent what is no message there.
     pub fn iotlb_failure(&self) -> Option<String> {
         self.iotlb.lock().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(IotlbThread::failure)
+    }
+
+    /// Ends the connection: whoever waits for an answer on it gets none.
+    pub fn hang_up(&self) {
+        let _ = rustix::net::shutdown(&self.shared.socket, rustix::net::Shutdown::Both);
     }
 
     fn has_protocol(&self) -> bool {
@@ -471,7 +504,14 @@ impl Frontend {
 impl Drop for Frontend {
     fn drop(&mut self) {
         // Ends the waits of the thread that answers misses, which is then joined with the other fields.
-        let _ = rustix::net::shutdown(&self.shared.socket, rustix::net::Shutdown::Both);
+        self.hang_up();
+    }
+}
+
+/// The connection, to see it end. What is read from it is answers to others.
+impl AsFd for Frontend {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.shared.socket.as_fd()
     }
 }
 

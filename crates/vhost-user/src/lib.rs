@@ -16,3 +16,5 @@ mod backend;
 mod faults;
 mod keep;
 mod vring;
+
+pub use faults::Limit;

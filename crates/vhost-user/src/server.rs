@@ -144,16 +144,51 @@ impl Server {
     /// # Errors
     /// No front-end can be waited for any more.
     pub fn run(self, device: Arc<dyn Device>, options: Options, end: BorrowedFd<'_>) -> Result<(), ServerError> {
+        self.run_each(device.name(), || Ok(Arc::clone(&device)), options, end)
+    }
+
+    /// As [`Server::run`], with a device for each front-end: `open` makes it when one has come. One that can't be made
+    /// costs the front-end its connection.
+    ///
+    /// # Errors
+    /// No front-end can be waited for any more.
+    pub fn run_each(
+        self,
+        name: &str,
+        mut open: impl FnMut() -> io::Result<Arc<dyn Device>>,
+        options: Options,
+        end: BorrowedFd<'_>,
+    ) -> Result<(), ServerError> {
+        let serve = |stream| match open() {
+            Ok(device) => connection(stream, &device, options, end),
+            Err(error) => {
+                tracing::error!("connection closed: no {name} to serve: {error}");
+                Ended::ByFrontend
+            }
+        };
+        self.each(&format!("{name}, iommu {}", options.iommu), serve, end)
+    }
+
+    /// Hands `serve` the connection of one front-end after the other, until `end` becomes readable.
+    ///
+    /// # Errors
+    /// No front-end can be waited for any more.
+    pub fn each(
+        self,
+        what: &str,
+        mut serve: impl FnMut(UnixStream) -> Ended,
+        end: BorrowedFd<'_>,
+    ) -> Result<(), ServerError> {
         let listener = match &self.source {
             Source::Connected(stream) => {
                 let stream = stream.try_clone().map_err(ServerError::Wait)?;
-                connection(stream, &device, options, end);
+                serve(stream);
                 return Ok(());
             }
             Source::Listener(listener) => listener,
         };
         if let Some(OwnPath { path, .. }) = &self.path {
-            tracing::info!(device = device.name(), iommu = %options.iommu, "listening on {}", path.display());
+            tracing::info!("{what}: listening on {}", path.display());
         }
         loop {
             let mut fds = [PollFd::from_borrowed_fd(end, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
@@ -169,7 +204,7 @@ impl Server {
             }
             match listener.accept() {
                 Ok((stream, _)) => {
-                    if connection(stream, &device, options, end) == Ended::ByUs {
+                    if serve(stream) == Ended::ByUs {
                         return Ok(());
                     }
                 }
@@ -199,20 +234,24 @@ fn remove_stale(path: &Path) -> Result<(), ServerError> {
     }
 }
 
+/// Why a connection is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ended {
+pub enum Ended {
+    /// The front-end left or had to: the next is served.
     ByFrontend,
+    /// All is to end.
     ByUs,
 }
 
 /// Serves one front-end, and tells the log in one line what it came to.
 fn connection(stream: UnixStream, device: &Arc<dyn Device>, options: Options, end: BorrowedFd<'_>) -> Ended {
-    let mut connection = Connection {
-        session: Session::new(Arc::clone(device), options),
-        frontend: Channel::new(stream.into()),
-        backend: None,
-        complaints: Limit::new(),
-    };
+    let mut session = Session::new(Arc::clone(device), options);
+    match end.try_clone_to_owned() {
+        Ok(end) => session.hurry_on(end),
+        Err(error) => tracing::warn!("storage that does not answer will delay the end of this process: {error}"),
+    }
+    let mut connection =
+        Connection { session, frontend: Channel::new(stream.into()), backend: None, complaints: Limit::new() };
     // A bug of ours ends the connection it was met on, and the next front-end is served.
     let ended = std::panic::catch_unwind(AssertUnwindSafe(|| connection.run(end))).unwrap_or(Err(Lost::Panicked));
     let counted = connection.session.counted();

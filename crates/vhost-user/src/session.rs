@@ -15,20 +15,26 @@ use ringfence_hostmem::{MAX_REGIONS, MapError, Placement, Regions};
 use ringfence_iotlb::{self as iotlb, Fence, Iotlb, Refused, Replies, Unmapped};
 use ringfence_policy::{Addressing, IommuMode, Refusal};
 use ringfence_ring::{Format, Indirect, Notifications, Rules};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 /// Bits of rings and of the standard's version 1, which this session adds to a device's own.
-mod bits {
+pub mod bits {
     use virtio_spec::F;
 
-    pub(super) const VERSION_1: u64 = F::VERSION_1.bits().to_ne() as u64;
-    pub(super) const INDIRECT_DESC: u64 = F::INDIRECT_DESC.bits().to_ne() as u64;
-    pub(super) const EVENT_IDX: u64 = F::EVENT_IDX.bits().to_ne() as u64;
-    pub(super) const RING_PACKED: u64 = F::RING_PACKED.bits().to_ne() as u64;
+    /// The device keeps to the standard (§6).
+    pub const VERSION_1: u64 = F::VERSION_1.bits().to_ne() as u64;
+    /// Descriptors may be in tables (§2.7.5.3, §2.8.7).
+    pub const INDIRECT_DESC: u64 = F::INDIRECT_DESC.bits().to_ne() as u64;
+    /// Each side says from which entry on it wants to be told (§2.7.7, §2.8.10).
+    pub const EVENT_IDX: u64 = F::EVENT_IDX.bits().to_ne() as u64;
+    /// Rings are packed (§2.8).
+    pub const RING_PACKED: u64 = F::RING_PACKED.bits().to_ne() as u64;
 }
 
 /// The format of the rings of a driver that took `features`.
@@ -45,8 +51,15 @@ const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(ProtocolFeatures::STATUS);
 
-/// How long a fence is waited for before the log says who is being waited for.
-const FENCE_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a fence is waited for at a time. A visit takes microseconds; one that takes longer waits for memory that does
+/// not answer.
+const FENCE_STEP: Duration = Duration::from_millis(50);
+
+/// How long it is waited for in all: long enough for a busy host to let a thread run.
+const FENCE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long those are waited for that memory has been taken away from.
+const LOST_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What an operator decides about a device.
 #[derive(Clone, Copy, Debug)]
@@ -59,6 +72,8 @@ pub struct Options {
     pub queue_size: u16,
     /// For how long an empty queue is looked at before its thread sleeps.
     pub poll: Duration,
+    /// For how long storage that does not answer may keep the front-end waiting for a queue to stop.
+    pub io_timeout: Duration,
 }
 
 /// The back-end's side of one connection.
@@ -76,6 +91,10 @@ pub struct Session {
     backend: Arc<Backend>,
     vrings: Vec<Vring>,
     status: u8,
+    /// Becomes readable when nobody has time any more.
+    hurry: Option<OwnedFd>,
+    /// Accesses that were not let through.
+    faults: Arc<AtomicU64>,
     /// What was counted by translation caches that are gone, and by this session itself.
     past: Counted,
 }
@@ -104,7 +123,6 @@ impl Counted {
     fn add(&mut self, seen: &iotlb::Statistics) {
         // Updates and invalidations are counted as messages: the cache also counts what the session does by itself.
         self.misses += seen.misses;
-        self.faults += seen.faults;
     }
 }
 
@@ -181,9 +199,14 @@ pub enum SessionError {
     /// A message of a protocol feature that was not offered.
     #[error("{0} belongs to a protocol feature that was not offered")]
     NotOffered(FrontendCode),
-    /// The configuration space is not writable.
-    #[error("the device's configuration can't be written")]
-    ReadOnlyConfig,
+    /// The device itself said no.
+    #[error("the device refuses {message}: {error}")]
+    Device {
+        /// What it refuses.
+        message: FrontendCode,
+        /// Why.
+        error: io::Error,
+    },
     /// The host is short of something.
     #[error("{0}")]
     Resources(#[from] io::Error),
@@ -220,6 +243,11 @@ impl Session {
     /// A session with nothing negotiated.
     pub fn new(device: Arc<dyn Device>, options: Options) -> Self {
         let vrings = (0..device.queues()).map(|_| Vring::new()).collect();
+        let backend = Arc::<Backend>::default();
+        device.watch_config(Box::new({
+            let backend = Arc::clone(&backend);
+            move || backend.config_changed()
+        }));
         Self {
             device,
             options,
@@ -229,11 +257,18 @@ impl Session {
             regions: Regions::default(),
             trust: Trust::new(),
             starts: Limit::new(),
-            backend: Arc::default(),
+            backend,
             vrings,
             status: 0,
+            hurry: None,
+            faults: Arc::default(),
             past: Counted::default(),
         }
+    }
+
+    /// Once `end` is readable, storage that does not answer is hardly waited for.
+    pub fn hurry_on(&mut self, end: OwnedFd) {
+        self.hurry = Some(end);
     }
 
     /// Does what a message says. The answer is what the message itself has; an acknowledgement that was asked for
@@ -245,15 +280,15 @@ impl Session {
         match request {
             Request::GetFeatures => Ok(Some(Reply::U64(self.offered() | F_PROTOCOL_FEATURES))),
             Request::SetFeatures(features) => self.set_features(features),
-            Request::GetProtocolFeatures => Ok(Some(Reply::U64(PROTOCOL_FEATURES.bits()))),
+            Request::GetProtocolFeatures => Ok(Some(Reply::U64(self.offered_protocol().bits()))),
             Request::SetProtocolFeatures(features) => self.set_protocol_features(features),
             Request::SetOwner => Ok(None),
             Request::ResetOwner | Request::ResetDevice => self.reset(),
             Request::GetStatus => Ok(Some(Reply::U64(self.status.into()))),
             Request::SetStatus(status) => self.set_status(status),
-            Request::GetQueueNum => Ok(Some(Reply::U64(self.device.queues().into()))),
+            Request::GetQueueNum => Ok(Some(Reply::U64(self.device.queue_groups().into()))),
             Request::GetConfig { offset, size, flags } => Ok(Some(self.config(offset, size, flags))),
-            Request::SetConfig { .. } => Err(SessionError::ReadOnlyConfig),
+            Request::SetConfig { offset, data, .. } => self.set_config(offset, &data),
             Request::GetMaxMemSlots => Ok(Some(Reply::U64(MAX_REGIONS as u64))),
             Request::SetMemTable(regions) => self.set_mem_table(regions),
             Request::AddMemReg(placement, fd) => self.add_region(placement, fd),
@@ -317,6 +352,7 @@ impl Session {
     /// What the connection has come to.
     pub fn counted(&self) -> Counted {
         let mut counted = self.past;
+        counted.faults = self.faults.load(Ordering::Relaxed);
         if let Some(iotlb) = &self.iotlb {
             counted.add(&iotlb.statistics());
         }
@@ -347,6 +383,8 @@ impl Session {
             self.renew_iotlb();
             tracing::debug!(features = format_args!("{features_of_driver:#x}"), ?addressing, "features taken");
         }
+        let taken = self.device.take(features_of_driver);
+        taken.map_err(|error| SessionError::Device { message: FrontendCode::SetFeatures, error })?;
         if features & F_PROTOCOL_FEATURES == 0 {
             // Without protocol features there is no SET_VRING_ENABLE: rings start enabled.
             self.vrings.iter_mut().for_each(|vring| vring.enable = Enable::On);
@@ -354,8 +392,14 @@ impl Session {
         Ok(None)
     }
 
+    /// A device without a configuration space has its front-end make one.
+    fn offered_protocol(&self) -> ProtocolFeatures {
+        let config = if self.device.config().is_empty() { ProtocolFeatures::CONFIG } else { ProtocolFeatures::empty() };
+        PROTOCOL_FEATURES - config
+    }
+
     fn set_protocol_features(&mut self, features: ProtocolFeatures) -> Answer {
-        let unknown = features.bits() & !PROTOCOL_FEATURES.bits();
+        let unknown = features.bits() & !self.offered_protocol().bits();
         if unknown != 0 {
             return Err(SessionError::Protocol(unknown));
         }
@@ -369,11 +413,16 @@ impl Session {
     }
 
     fn config(&self, offset: u32, size: u32, flags: u32) -> Reply {
-        // What lies beyond the device's fields reads as zero: front-ends ask for all fields that they know of.
-        let config = self.device.config();
-        let data =
-            (offset..offset.saturating_add(size)).map(|at| config.get(at as usize).copied().unwrap_or(0)).collect();
-        Reply::Config { offset, flags, data }
+        match self.device.read_config(offset, size) {
+            Some(data) => Reply::Config { offset, flags, data },
+            None => Reply::NoConfig,
+        }
+    }
+
+    fn set_config(&mut self, offset: u32, data: &[u8]) -> Answer {
+        let written = self.device.write_config(offset, data);
+        written.map_err(|error| SessionError::Device { message: FrontendCode::SetConfig, error })?;
+        Ok(None)
     }
 
     /// Status 0 resets a device (§2.1), but here it comes from a front-end, and QEMU sends it whenever it stops the device:
@@ -383,10 +432,12 @@ impl Session {
     fn set_status(&mut self, status: u8) -> Answer {
         self.status = status;
         if status == 0 {
+            self.pause_all();
             self.vrings.iter_mut().for_each(|vring| {
-                vring.stop();
+                vring.stopped();
             });
         }
+        self.device.set_status(status);
         Ok(None)
     }
 
@@ -430,17 +481,70 @@ impl Session {
     /// A device reset (§2.4): rings stop, and nothing that they had begun goes on.
     fn reset(&mut self) -> Answer {
         self.status = 0;
-
+        self.pause_all();
         let enable = if self.protocol.is_empty() { Enable::On } else { Enable::Off };
         for vring in &mut self.vrings {
             vring.reset();
             vring.enable = enable;
         }
+        self.device.reset();
         Ok(None)
     }
 
+    /// Stops all queues where they are, at the same time.
     fn pause_all(&mut self) {
-        self.vrings.iter_mut().for_each(Vring::pause);
+        self.vrings.iter_mut().for_each(Vring::tell_pause);
+        (0..self.vrings.len()).for_each(|index| self.pause(index));
+    }
+
+    /// Stops a queue where it is. When this returns it touches no memory any more.
+    fn pause(&mut self, index: usize) {
+        let hurry = self.hurry.as_ref().map(AsFd::as_fd);
+        if self.vrings[index].pause(hurry).is_err() {
+            self.take_memory_away();
+            if self.vrings[index].pause(hurry).is_err() {
+                self.leave_memory_behind();
+                self.vrings[index].leave();
+            }
+        }
+    }
+
+    /// Waits until no byte moves any more on the strength of what was taken away.
+    fn wait(&self, mut fence: Fence) {
+        let since = Instant::now();
+        while let Err(stuck) = fence.wait_for(FENCE_STEP) {
+            if since.elapsed() >= FENCE_PATIENCE || self.is_in_a_hurry() {
+                tracing::error!("the front-end waits for its own memory: {stuck}");
+                self.take_memory_away();
+                if fence.wait_for(LOST_PATIENCE).is_err() {
+                    self.leave_memory_behind();
+                }
+                return;
+            }
+        }
+    }
+
+    fn is_in_a_hurry(&self) -> bool {
+        let Some(hurry) = &self.hurry else { return false };
+        let mut fds = [PollFd::new(hurry, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+
+    /// A thread of ours is stuck in guest memory: touching it takes as long as whoever is behind it takes. Then nobody
+    /// has it any more: see [`Region::take_away`](ringfence_hostmem::Region::take_away). What was acknowledged is true,
+    /// and the next message finds the memory lost, which ends the connection.
+    fn take_memory_away(&self) {
+        tracing::error!("guest memory does not answer, so it is taken away from the device, and the connection ends");
+        for region in self.regions.iter() {
+            if !region.take_away() {
+                tracing::error!(gpa = %region.gpa(), "the kernel does not let it be taken away");
+            }
+        }
+    }
+
+    /// Not even that freed whoever is stuck. It is never unmapped, so that nothing else can be mapped there.
+    fn leave_memory_behind(&self) {
+        self.regions.iter().for_each(|region| std::mem::forget(Arc::clone(region)));
     }
 
     // Memory.
@@ -508,7 +612,7 @@ impl Session {
 
     fn forget_translations(&self) {
         if let Some(iotlb) = &self.iotlb {
-            wait(iotlb.clear());
+            self.wait(iotlb.clear());
         }
     }
 
@@ -541,7 +645,7 @@ impl Session {
                     Invalidated::Range { first, last } => (first, last),
                 };
                 self.learn(|trust| trust.invalidated(first, last, |iova| iotlb.is_mapped(iova)));
-                wait(iotlb.invalidate(first, last));
+                self.wait(iotlb.invalidate(first, last));
             }
             IotlbEntry::Update { iova, size, uaddr, perm } => {
                 let pieces = self.regions.pieces(uaddr, size).ok_or(SessionError::Outside { addr: uaddr, size })?;
@@ -566,7 +670,7 @@ impl Session {
         let fence = unsafe { iotlb.update(at, last, start, perm) }?;
         // Nobody asked for silence about what was mapped there before; a front-end that remaps without an INVALIDATE
         // gets it all the same.
-        wait(fence);
+        self.wait(fence);
         Ok(())
     }
 
@@ -581,16 +685,16 @@ impl Session {
         let max = self.options.queue_size;
         let size = u16::try_from(num).ok().filter(|size| (1..=max).contains(size));
         let size = size.ok_or(SessionError::QueueSize { size: num, max })?;
-        let vring = self.vring(index)?;
-        vring.pause();
-        vring.set_size(size);
+        self.vring(index)?;
+        self.pause(index as usize);
+        self.vring(index)?.set_size(size);
         self.start_if_ready(index as usize)
     }
 
     fn set_vring_addr(&mut self, addresses: VringAddr) -> Answer {
-        let vring = self.vring(addresses.index)?;
-        vring.pause();
-        if vring.set_addresses(addresses) {
+        self.vring(addresses.index)?;
+        self.pause(addresses.index as usize);
+        if self.vring(addresses.index)?.set_addresses(addresses) {
             // Another driver: it may sit behind another kind of IOMMU than the last, as a kernel does after firmware.
             self.trust = Trust::new();
             self.keep_as_trusted();
@@ -599,21 +703,23 @@ impl Session {
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Answer {
-        let vring = self.vring(index)?;
-        vring.pause();
-        vring.set_base(base);
+        self.vring(index)?;
+        self.pause(index as usize);
+        self.vring(index)?.set_base(base);
         self.start_if_ready(index as usize)
     }
 
     fn stop_vring(&mut self, index: u32) -> Answer {
-        let base = self.vring(index)?.stop();
+        self.vring(index)?;
+        self.pause(index as usize);
+        let base = self.vring(index)?.stopped();
         Ok(Some(Reply::VringBase { index, base }))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<OwnedFd>) -> Answer {
-        let vring = self.vring(index.into())?;
-        vring.pause();
-        vring.set_kick(fd)?;
+        self.vring(index.into())?;
+        self.pause(index.into());
+        self.vring(index.into())?.set_kick(fd)?;
         self.start_if_ready(index.into())
     }
 
@@ -628,10 +734,9 @@ impl Session {
     }
 
     fn enable_vring(&mut self, index: u32, enable: Enable) -> Answer {
-        let vring = self.vring(index)?;
-        vring.enable = enable;
+        self.vring(index)?.enable = enable;
         if enable == Enable::Off {
-            vring.pause();
+            self.pause(index as usize);
         }
         self.start_if_ready(index as usize)
     }
@@ -664,6 +769,8 @@ impl Session {
             iotlb,
             backend: &self.backend,
             poll: self.options.poll,
+            patience: self.options.io_timeout,
+            faults: &self.faults,
         };
         if index == 0 && self.starts.tell().is_some() {
             tracing::info!(
@@ -691,13 +798,6 @@ impl Session {
                 Ok(bus)
             }
         }
-    }
-}
-
-/// Waits until no byte moves any more on the strength of what was taken away.
-fn wait(mut fence: Fence) {
-    while let Err(stuck) = fence.wait_for(FENCE_PATIENCE) {
-        tracing::warn!("the guest takes memory away that storage does not let go of: {stuck}; waiting");
     }
 }
 

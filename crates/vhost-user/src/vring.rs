@@ -3,14 +3,15 @@ use crate::faults::FaultReport;
 use crate::wire::{Enable, VringAddr};
 use ringfence_device::Device;
 use ringfence_device::queue::{Queue, Stopped};
-use ringfence_device::worker::{Bells, Control, Worker};
+use ringfence_device::worker::{Bells, Control, Stuck, Worker};
 use ringfence_dma::BusAddr;
 use ringfence_iotlb::{Iotlb, Wake};
 use ringfence_ring::{DeviceQueue, Format, Layout, LayoutError, Position, Rules};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 /// One queue as its front-end set it up, and its thread while it runs.
@@ -52,6 +53,9 @@ pub(crate) struct Start<'s> {
     pub(crate) iotlb: &'s Arc<Iotlb>,
     pub(crate) backend: &'s Arc<Backend>,
     pub(crate) poll: Duration,
+    pub(crate) patience: Duration,
+    /// Counts accesses that were not let through.
+    pub(crate) faults: &'s Arc<AtomicU64>,
 }
 
 /// Why a queue that has all it needs does not start.
@@ -165,9 +169,9 @@ impl Vring {
             Kick::Event(fd) => Some(fd.try_clone()?),
             Kick::Unset | Kick::Poll => None,
         };
-        let bells = Bells { kick, error: clone(&self.error)?, poll: with.poll };
+        let bells = Bells { kick, error: clone(&self.error)?, poll: with.poll, patience: with.patience };
         let view = with.iotlb.view(Arc::new(Waker(Arc::clone(&control))));
-        let report = Box::new(FaultReport::new(with.index, Arc::clone(with.backend)));
+        let report = Box::new(FaultReport::new(with.index, Arc::clone(with.backend), Arc::clone(with.faults)));
         // Not before all of that is there: what had been begun waits for the next try.
         let stopped = self.stopped.take().unwrap_or_else(|| Stopped::at(position));
         let queue = Queue::new(ring, self.size, view, handler, report, stopped);
@@ -176,34 +180,48 @@ impl Vring {
         Ok(())
     }
 
-    /// Stops the queue where it is, when nothing is under way any more; it can go on from there.
-    pub(crate) fn pause(&mut self) {
-        if let Some(worker) = self.worker.take() {
-            self.stopped = worker.stop();
-            match &self.stopped {
-                Some(stopped) => self.base = stopped.position.vring_base(self.format),
-                None => {
-                    // Where it was is lost, so it starts again only when a driver has set it up anew.
-                    self.addresses = None;
-                    tracing::error!(
-                        "a queue's thread panicked: a bug of ringfence's; the guest has to reset its device"
-                    );
-                }
-            }
+    /// Has the queue begin to stop. See [`Vring::pause`].
+    pub(crate) fn tell_pause(&mut self) {
+        if let Some(worker) = &mut self.worker {
+            worker.tell_stop();
         }
     }
 
-    /// GET_VRING_BASE: the queue stops until there is a kick again. The call stays: a front-end whose guest has masked its
-    /// interrupt sends none before the guest unmasks it.
-    pub(crate) fn stop(&mut self) -> u32 {
-        self.pause();
+    /// Stops the queue where it is, and returns when it touches no memory any more; it can go on from there.
+    ///
+    /// # Errors
+    /// [`Stuck`]: it is stuck in the memory itself. May be called again.
+    pub(crate) fn pause(&mut self, hurry: Option<BorrowedFd<'_>>) -> Result<(), Stuck> {
+        let Some(worker) = &mut self.worker else { return Ok(()) };
+        self.stopped = worker.stop(hurry)?;
+        self.worker = None;
+        match &self.stopped {
+            Some(stopped) => self.base = stopped.position.vring_base(self.format),
+            None => {
+                // Where it was is lost, so it starts again only when a driver has set it up anew.
+                self.addresses = None;
+                tracing::error!("a queue's thread panicked: a bug of ringfence's; the guest has to reset its device");
+            }
+        }
+        Ok(())
+    }
+
+    /// Its thread is left to itself: it is stuck in memory that has been taken away, and is never unmapped.
+    pub(crate) fn leave(&mut self) {
+        std::mem::forget(self.worker.take());
+        self.addresses = None;
+    }
+
+    /// GET_VRING_BASE, once it is paused: the queue stays so until there is a kick again. The call stays: a front-end
+    /// whose guest has masked its interrupt sends none before the guest unmasks it.
+    pub(crate) fn stopped(&mut self) -> u32 {
         self.kick = Kick::Unset;
         self.base
     }
 
-    /// The driver gave the device up: nothing is left of what it set up.
+    /// The driver gave the device up: nothing is left of what it set up. It is paused.
     pub(crate) fn reset(&mut self) {
-        self.stop();
+        assert!(self.worker.is_none(), "a queue is paused before it is reset");
         *self = Self::new();
     }
 }

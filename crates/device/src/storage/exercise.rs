@@ -1,8 +1,9 @@
 //! What every back-end is put through, and what tests drive one with.
 
-use super::{Durability, Geometry, Operation, Started, Storage, StorageQueue, total};
+use super::{Came, Durability, Geometry, Operation, Started, Storage, StorageQueue, total};
 use ringfence_dma::{DetachedSlice, Ram};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::collections::BTreeMap;
 use std::io;
 
 /// A queue and the memory that its operations use.
@@ -10,29 +11,59 @@ pub(super) struct Driver {
     // Before the memory, so that it is dropped first.
     pub(super) queue: Box<dyn StorageQueue>,
     pub(super) ram: Ram,
+    /// By token.
+    pieces: BTreeMap<u16, Vec<(usize, usize)>>,
 }
 
 impl Driver {
     pub(super) fn new(queue: Box<dyn StorageQueue>, memory: usize) -> Self {
-        Self { queue, ram: Ram::new(memory) }
+        Self { queue, ram: Ram::new(memory), pieces: BTreeMap::new() }
     }
 
     pub(super) fn start(&mut self, token: u16, operation: Operation, pieces: &[(usize, usize)]) -> Started {
-        let pieces: Vec<_> = pieces.iter().map(|&(at, len)| self.ram.slice(at, len).detach()).collect();
-        // SAFETY: `ram` is dropped after `queue`.
-        unsafe { self.queue.start(token, operation, &pieces) }
+        self.pieces.insert(token, pieces.to_vec());
+        // SAFETY: `ram` is there during this call.
+        unsafe { self.queue.start(token, operation, &self.left(token, 0)) }
+    }
+
+    /// The pieces of an operation of which so many bytes are done.
+    fn left(&self, token: u16, mut done: u64) -> Vec<DetachedSlice> {
+        let mut left = Vec::new();
+        for &(at, len) in &self.pieces[&token] {
+            let skip = done.min(len as u64) as usize;
+            done -= skip as u64;
+            if skip < len {
+                left.push(self.ram.slice(at + skip, len - skip).detach());
+            }
+        }
+        left
     }
 
     /// Waits until at least one operation has ended.
     pub(super) fn wait(&mut self) -> Vec<(u16, io::Result<()>)> {
-        self.queue.submit().unwrap();
         let limit = Timespec { tv_sec: 10, tv_nsec: 0 };
         let mut ended = Vec::new();
         while ended.is_empty() {
-            let fd = self.queue.completion_fd().expect("something is under way");
-            let ready = poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&limit)).unwrap();
-            assert_eq!(ready, 1, "nothing ended within ten seconds");
-            self.queue.completed(&mut |token, result| ended.push((token, result)));
+            self.queue.submit().unwrap();
+            let mut came = Vec::new();
+            self.queue.completed(&mut |token, how| came.push((token, how)));
+            if came.is_empty() {
+                let fd = self.queue.completion_fd().expect("something is under way");
+                let ready = poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&limit)).unwrap();
+                assert_eq!(ready, 1, "nothing ended within ten seconds");
+            }
+            for (token, how) in came {
+                match how {
+                    Came::End(result) => ended.push((token, result)),
+                    Came::Data { done } => {
+                        let left = self.left(token, done);
+                        // SAFETY: `ram` is there during this call.
+                        if let Started::Done(result) = unsafe { self.queue.go_on(token, &left) } {
+                            ended.push((token, result));
+                        }
+                    }
+                }
+            }
         }
         ended
     }

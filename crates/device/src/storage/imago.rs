@@ -1,28 +1,22 @@
-use super::lock::lock as lock_image;
+use super::bounce::{Bounce, Strays};
+use super::lock::lock;
 use super::open::{OpenError, Reason, VirtualFormat, open_file};
-use super::{Durability, Geometry, Lost, Operation, SECTOR, Started, Storage, StorageQueue, total};
+use super::threads::{Carry, Threads};
+use super::{Durability, Geometry, Lost, Operation, SECTOR, Storage, StorageQueue};
 use imago::file::File as ImagoFile;
 use imago::format::gate::ImplicitOpenGate;
 use imago::qcow2::Qcow2;
 use imago::vmdk::Vmdk;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions};
-use ringfence_dma::{DetachedSlice, HostSlice};
-use rustix::event::{EventfdFlags, eventfd};
-use std::collections::VecDeque;
 use std::io;
-use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
-use std::thread::JoinHandle;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 /// A disk within a file of another format, read and written by the `imago` crate.
 ///
-/// Each queue has a few threads that each do one thing at a time; data goes through buffers of theirs, since a format's
-/// code must not see bytes change under its hands.
+/// Each queue has a few threads that each do one thing at a time; data goes through buffers of the queue's, so a format's
+/// code sees no bytes change under its hands.
 ///
 /// An image may name other files: a backing file, or extents. They are opened as QEMU does it, relative to the image
 /// and for reading only, because whoever named the image vouched for it: **an image from a stranger can name any file
@@ -50,7 +44,8 @@ impl Storage for Imago {
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn StorageQueue>> {
-        Ok(Box::new(ImagoQueue::new(&self.image, depth)?))
+        let threads = Threads::new("imago", &self.image, depth)?;
+        Ok(Box::new(Bounce::new(threads, self.image.geometry, depth, &self.image.strays)))
     }
 }
 
@@ -63,6 +58,7 @@ struct Image {
     format: RwLock<FormatAccess<ImagoFile>>,
     geometry: Geometry,
     lost: Lost,
+    strays: Strays,
 }
 
 impl Image {
@@ -83,7 +79,7 @@ impl Image {
             return Err(Reason::NotSectors(capacity));
         }
         let geometry = Geometry { read_only, physical_block_size: 4096, ..Geometry::plain(capacity) };
-        Ok(Self { format: RwLock::new(access), geometry, lost: Lost::default() })
+        Ok(Self { format: RwLock::new(access), geometry, lost: Lost::default(), strays: Strays::default() })
     }
 
     fn format(&self) -> RwLockReadGuard<'_, FormatAccess<ImagoFile>> {
@@ -100,7 +96,7 @@ impl Image {
 
 fn open_layer(path: &Path, read_only: bool) -> Result<ImagoFile, Reason> {
     let file = open_file(path, read_only)?;
-    lock_image(&file, read_only)?;
+    lock(&file, read_only)?;
     // The name serves for finding what lies beside it.
     let options = StorageOpenOptions::new().write(!read_only).filename(path);
     ImagoFile::from_open_file(file, options).map_err(Reason::of)
@@ -166,274 +162,27 @@ impl ImplicitOpenGate<ImagoFile> for Extents {
     }
 }
 
-/// How many operations of a queue are carried out at once.
-const THREADS: usize = 4;
-
-/// What a thread moves at once, in bytes.
-const BUFFER: usize = 1 << 20;
-
-struct ImagoQueue {
-    shared: Arc<Shared>,
-    geometry: Geometry,
-    /// Started, and not yet handed on.
-    batch: Vec<Job>,
-    /// Ended, taken from the threads; kept for its capacity.
-    taken: Vec<(u16, io::Result<()>)>,
-    threads: Vec<JoinHandle<()>>,
-}
-
-/// What a queue and its threads share.
-struct Shared {
-    image: Arc<Image>,
-    jobs: Mutex<Jobs>,
-    /// There are jobs, or there will be none any more.
-    changed: Condvar,
-    ended: Mutex<Vec<(u16, io::Result<()>)>>,
-    /// How many have `ended`, for looking without taking the lock.
-    ended_count: AtomicUsize,
-    /// Readable while something has `ended`; changed under its lock.
-    signal: OwnedFd,
-}
-
-#[derive(Default)]
-struct Jobs {
-    waiting: VecDeque<Job>,
-    closed: bool,
-}
-
-struct Job {
-    token: u16,
-    operation: Operation,
-    pieces: Vec<DetachedSlice>,
-}
-
-impl ImagoQueue {
-    fn new(image: &Arc<Image>, depth: u16) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            image: Arc::clone(image),
-            jobs: Mutex::default(),
-            changed: Condvar::new(),
-            ended: Mutex::default(),
-            ended_count: AtomicUsize::new(0),
-            signal: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-        });
-        let geometry = image.geometry;
-        let mut queue = Self { shared, geometry, batch: Vec::new(), taken: Vec::new(), threads: Vec::new() };
-        for _ in 0..THREADS.min(depth.into()) {
-            let shared = Arc::clone(&queue.shared);
-            // Those that started end with the queue if one can't.
-            queue.threads.push(std::thread::Builder::new().name("imago".into()).spawn(move || shared.work())?);
-        }
-        Ok(queue)
-    }
-}
-
-impl StorageQueue for ImagoQueue {
-    unsafe fn start(&mut self, token: u16, operation: Operation, pieces: &[DetachedSlice]) -> Started {
-        if let Err(refused) = self.geometry.admit(&operation, total(pieces)) {
-            return Started::Done(Err(refused));
-        }
-        self.batch.push(Job { token, operation, pieces: pieces.to_vec() });
-        Started::Pending
-    }
-
-    fn submit(&mut self) -> io::Result<()> {
-        if !self.batch.is_empty() {
-            lock(&self.shared.jobs).waiting.extend(self.batch.drain(..));
-            self.shared.changed.notify_all();
-        }
-        Ok(())
-    }
-
-    fn completed(&mut self, each: &mut dyn FnMut(u16, io::Result<()>)) {
-        if self.shared.ended_count.load(Ordering::Acquire) == 0 {
-            return;
-        }
-        {
-            let mut ended = lock(&self.shared.ended);
-            std::mem::swap(&mut *ended, &mut self.taken);
-            self.shared.ended_count.store(0, Ordering::Relaxed);
-            // Under the lock, as its counterpart is: a signal stands exactly while something has ended. It can't fail:
-            // there is one.
-            let _ = rustix::io::read(&self.shared.signal, &mut [0; 8]);
-        }
-        for (token, result) in self.taken.drain(..) {
-            each(token, result);
-        }
-    }
-
-    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.shared.signal.as_fd())
-    }
-
-    fn cancel(&mut self, token: u16) {
-        // What a thread has begun it brings to its end.
-        let waiting = {
-            let mut jobs = lock(&self.shared.jobs);
-            let handed_on = jobs.waiting.iter().position(|job| job.token == token);
-            handed_on.and_then(|index| jobs.waiting.remove(index))
-        };
-        let kept = self.batch.iter().position(|job| job.token == token);
-        if waiting.or_else(|| kept.map(|index| self.batch.remove(index))).is_some() {
-            self.shared.end(token, Err(io::Error::from_raw_os_error(libc::ECANCELED)));
-        }
-    }
-}
-
-/// What no thread has begun is dropped, and the rest is waited for.
-impl Drop for ImagoQueue {
-    fn drop(&mut self) {
-        {
-            let mut jobs = lock(&self.shared.jobs);
-            jobs.closed = true;
-            jobs.waiting.clear();
-        }
-        self.shared.changed.notify_all();
-        for thread in self.threads.drain(..) {
-            thread.join().expect("a thread catches what its jobs throw");
-        }
-    }
-}
-
-impl Shared {
-    /// What a thread does until the queue goes.
-    fn work(&self) {
-        let mut buffer = Vec::new();
-        while let Some(job) = self.next() {
-            // An image from a stranger may lead the format's code where its author did not look.
-            let result = catch_unwind(AssertUnwindSafe(|| {
-                // SAFETY: the job has not ended: its token comes back, or the queue's drop, once this has returned.
-                unsafe { job.carry_out(&self.image, &mut buffer) }
-            }));
-            self.end(job.token, result.unwrap_or_else(|_| Err(io::ErrorKind::Other.into())));
-        }
-    }
-
-    fn next(&self) -> Option<Job> {
-        let mut jobs = lock(&self.jobs);
-        loop {
-            if let Some(job) = jobs.waiting.pop_front() {
-                return Some(job);
-            }
-            if jobs.closed {
-                return None;
-            }
-            jobs = self.changed.wait(jobs).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    fn end(&self, token: u16, result: io::Result<()>) {
-        let mut ended = lock(&self.ended);
-        if ended.is_empty() {
-            // Can't fail: the counter is 0.
-            let _ = rustix::io::write(&self.signal, &1_u64.to_ne_bytes());
-        }
-        ended.push((token, result));
-        self.ended_count.store(ended.len(), Ordering::Release);
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Job {
-    /// # Safety
-    /// The pieces are good until this returns.
-    unsafe fn carry_out(&self, image: &Image, buffer: &mut Vec<u8>) -> io::Result<()> {
-        match self.operation {
-            Operation::Read { offset } => {
-                let format = image.format();
-                // SAFETY: by this function's own contract.
-                unsafe {
-                    self.chunks(buffer, |done, chunk, pieces| {
-                        format.read(&mut *chunk, offset + done)?;
-                        pieces.scatter(chunk);
-                        Ok(())
-                    })
-                }
-            }
+impl Carry for Image {
+    fn carry_out(&self, operation: Operation, memory: &mut [u8]) -> io::Result<()> {
+        match operation {
+            Operation::Read { offset } => self.format().read(memory, offset),
             Operation::Write { offset, durability } => {
-                let format = image.format();
-                // SAFETY: by this function's own contract.
-                unsafe {
-                    self.chunks(buffer, |done, chunk, pieces| {
-                        pieces.gather(chunk);
-                        format.write(&*chunk, offset + done)
-                    })
-                }?;
-                drop(format);
-                if durability == Durability::Durable { image.sync() } else { Ok(()) }
+                self.format().write(&*memory, offset)?;
+                if durability == Durability::Durable { self.sync() } else { Ok(()) }
             }
-            Operation::Flush if image.geometry.read_only => Ok(()),
-            Operation::Flush => image.sync(),
+            Operation::Flush if self.geometry.read_only => Ok(()),
+            Operation::Flush => self.sync(),
             Operation::Discard { offset, len } => {
-                let mut format = image.format.write().unwrap_or_else(PoisonError::into_inner);
+                let mut format = self.format.write().unwrap_or_else(PoisonError::into_inner);
                 match format.discard_to_any(offset, len) {
                     // A discard is a wish.
                     Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
                     result => result,
                 }
             }
-            Operation::WriteZeroes { offset, len, unmap: false } => image.format().write_zeroes(offset, len),
+            Operation::WriteZeroes { offset, len, unmap: false } => self.format().write_zeroes(offset, len),
             Operation::WriteZeroes { offset, len, unmap: true } => {
-                image.format.write().unwrap_or_else(PoisonError::into_inner).discard_to_zero(offset, len)
-            }
-        }
-    }
-
-    /// Calls `each` for one part of the data after the other: how many bytes came before, a buffer as long as the part,
-    /// and the pieces from there.
-    ///
-    /// # Safety
-    /// The pieces are good until this returns.
-    unsafe fn chunks(
-        &self,
-        buffer: &mut Vec<u8>,
-        mut each: impl FnMut(u64, &mut [u8], &mut Cursor<'_>) -> io::Result<()>,
-    ) -> io::Result<()> {
-        let (mut done, total) = (0, total(&self.pieces));
-        let mut cursor = Cursor { pieces: &self.pieces, skip: 0 };
-        while done < total {
-            let len = (total - done).min(BUFFER as u64) as usize;
-            if buffer.len() < len {
-                buffer.resize(len, 0);
-            }
-            each(done, &mut buffer[..len], &mut cursor)?;
-            done += len as u64;
-        }
-        Ok(())
-    }
-}
-
-/// A place in the bytes of a job, whose pieces are good.
-struct Cursor<'p> {
-    pieces: &'p [DetachedSlice],
-    /// How many bytes of the first piece are behind.
-    skip: usize,
-}
-
-impl Cursor<'_> {
-    fn scatter(&mut self, from: &[u8]) {
-        self.each(from.len(), |piece, range| piece.write(0, &from[range]));
-    }
-
-    fn gather(&mut self, into: &mut [u8]) {
-        self.each(into.len(), |piece, range| piece.read(0, &mut into[range]));
-    }
-
-    fn each(&mut self, len: usize, mut each: impl FnMut(HostSlice<'_>, Range<usize>)) {
-        let mut done = 0;
-        while done < len {
-            // SAFETY: made in `chunks` alone, for as long as its caller vouches for the pieces.
-            let piece = unsafe { self.pieces[0].attach() };
-            let here = (piece.len() - self.skip).min(len - done);
-            each(piece.sub(self.skip, here), done..done + here);
-            done += here;
-            self.skip += here;
-            if self.skip == piece.len() {
-                self.pieces = &self.pieces[1..];
-                self.skip = 0;
+                self.format.write().unwrap_or_else(PoisonError::into_inner).discard_to_zero(offset, len)
             }
         }
     }
@@ -441,6 +190,7 @@ impl Cursor<'_> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Started;
     use super::super::exercise::{CAPACITY, Driver, Numbers, exercise, refuses_every_change};
     use super::*;
     use imago::FormatCreateBuilder;
@@ -612,7 +362,7 @@ mod tests {
         Qcow2::<ImagoFile>::create_builder(file).size(8 << 20).create().unwrap();
         let imago = open(&path, false).unwrap();
         let mut driver = driver(&imago, 8 << 20);
-        let content: Vec<u8> = (0..3 * BUFFER).map(|at| (at / 512) as u8).collect();
+        let content: Vec<u8> = (0..3 << 20_u32).map(|at| (at / 512) as u8).collect();
         driver.write(512, &content).unwrap();
         let half = content.len() / 2 + 1;
         driver.ram.slice(0, 8 << 20).fill(0xee);

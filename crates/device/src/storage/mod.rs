@@ -1,12 +1,16 @@
 //! What holds a disk's bytes: one file a back-end, behind [`Storage`].
 //!
-//! Knows bytes, where they lie, and when they are durable. Knows no virtqueues, no requests and no status bytes. Memory
-//! comes as pieces whose owner vouches for them until an operation ends, which is why ending one is all that matters
-//! here: whoever takes memory back waits until storage has let go of it.
+//! Knows bytes, where they lie, and when they are durable. Knows no virtqueues, no requests and no status bytes.
+//!
+//! Memory comes as pieces that are good during one call and not a moment longer. What can be done at once is done on
+//! them. What has to wait is done on memory of our own (`bounce`), and its bytes are moved when it has ended: so
+//! neither a disk that is slow nor one that hangs ever keeps memory from being taken away, and no kernel, file system or
+//! thread that it is stuck in has an address of somebody else's to write to.
 //!
 //! [`open()`] finds the back-end from what an operator wrote; [`Raw`] is files and block devices, [`Imago`] is the
 //! qcow2 family, [`Memory`] a RAM disk, and [`Null`] keeps nothing, for measuring the rest.
 
+mod bounce;
 #[cfg(test)]
 mod exercise;
 mod imago;
@@ -15,6 +19,7 @@ mod memory;
 mod null;
 mod open;
 mod raw;
+mod threads;
 
 pub use imago::Imago;
 pub use memory::Memory;
@@ -44,8 +49,8 @@ pub trait Storage: Send + Sync {
 
 /// One thread's way into a [`Storage`].
 ///
-/// Dropping it waits until nothing touches the pieces of any operation any more, for as long as that takes. Operations
-/// that were under way may or may not have been carried out.
+/// Dropping it waits until the operations that are under way have ended, for as long as that takes; they may or may not
+/// have been carried out. It touches no piece meanwhile.
 pub trait StorageQueue: Send {
     /// Starts an operation. `token` is below the queue's depth and not under way.
     ///
@@ -57,8 +62,7 @@ pub trait StorageQueue: Send {
     /// sectors alone.
     ///
     /// # Safety
-    /// Every piece is good, as in [`DetachedSlice::attach`], until `token` comes back from [`Self::completed`], or until
-    /// this returns where it returns [`Started::Done`], or until the queue has been dropped.
+    /// Every piece is good, as in [`DetachedSlice::attach`], until this returns.
     unsafe fn start(&mut self, token: u16, operation: Operation, pieces: &[DetachedSlice]) -> Started;
 
     /// Hands on what was started since the last call: one system call for a batch, none where nothing waits.
@@ -68,17 +72,44 @@ pub trait StorageQueue: Send {
     /// [`Self::completed`].
     fn submit(&mut self) -> io::Result<()>;
 
-    /// Calls `each` with the token and the result of every operation that has ended, each once. Makes no system call
-    /// where there is none.
-    fn completed(&mut self, each: &mut dyn FnMut(u16, io::Result<()>));
+    /// Calls `each` with the token of every operation that has come to its end, or to where it needs its pieces again,
+    /// each once. Makes no system call where there is none.
+    fn completed(&mut self, each: &mut dyn FnMut(u16, Came));
+
+    /// Goes on with an operation that came back as [`Came::Data`]: `pieces` are those of its data that are left, from
+    /// as many bytes on as it said were done.
+    ///
+    /// # Safety
+    /// As in [`Self::start`].
+    unsafe fn go_on(&mut self, token: u16, pieces: &[DetachedSlice]) -> Started;
+
+    /// Gives up an operation that came back as [`Came::Data`]: its pieces are not to be had any more.
+    fn forget(&mut self, token: u16);
 
     /// Is readable whenever [`Self::completed`] has something to tell, for a thread with nothing else to do. `None`
     /// where every operation is done when it was started.
     fn completion_fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// Asks for an operation to be given up. It still comes back from [`Self::completed`]: with `ECANCELED`, or with its
-    /// result where it could not be stopped. A token that is not under way is ignored.
+    /// Asks for an operation to be given up. It still comes back from [`Self::completed`]: with `ECANCELED`, or as it
+    /// would have where it could not be stopped. A token that is not under way is ignored.
     fn cancel(&mut self, token: u16);
+
+    /// Nobody waits any more for what is under way: this queue is about to be dropped, and somebody may go on with
+    /// another of the same storage before that is over. Until it is, whatever would change the disk is refused with
+    /// `EIO` if a change is among what was given up: it may still come, and would undo what came after it.
+    fn abandon(&mut self) {}
+}
+
+/// How far an operation came.
+#[derive(Debug)]
+pub enum Came {
+    /// To its end: its token is free.
+    End(io::Result<()>),
+    /// To where bytes have to be moved from or to its pieces: [`StorageQueue::go_on`], or [`StorageQueue::forget`].
+    Data {
+        /// How many bytes are done and need their pieces no more.
+        done: u64,
+    },
 }
 
 /// The shape of a disk.
@@ -119,13 +150,12 @@ impl Geometry {
 
     /// Refuses what lies beyond the disk or would change one that is read-only. `len` is that of the pieces.
     fn admit(&self, operation: &Operation, len: u64) -> io::Result<()> {
-        let (offset, len, changes) = match *operation {
-            Operation::Read { offset } => (offset, len, false),
-            Operation::Write { offset, .. } => (offset, len, true),
-            Operation::Flush => (0, 0, false),
-            Operation::Discard { offset, len } | Operation::WriteZeroes { offset, len, .. } => (offset, len, true),
+        let (offset, len) = match *operation {
+            Operation::Read { offset } | Operation::Write { offset, .. } => (offset, len),
+            Operation::Flush => (0, 0),
+            Operation::Discard { offset, len } | Operation::WriteZeroes { offset, len, .. } => (offset, len),
         };
-        if changes && self.read_only {
+        if operation.changes() && self.read_only {
             return Err(io::Error::from_raw_os_error(libc::EROFS));
         }
         match offset.checked_add(len) {
@@ -171,6 +201,16 @@ pub enum Operation {
     },
 }
 
+impl Operation {
+    /// Whether it changes the disk.
+    fn changes(&self) -> bool {
+        match self {
+            Operation::Read { .. } | Operation::Flush => false,
+            Operation::Write { .. } | Operation::Discard { .. } | Operation::WriteZeroes { .. } => true,
+        }
+    }
+}
+
 /// What the end of a write promises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Durability {
@@ -185,7 +225,7 @@ pub enum Durability {
 pub enum Started {
     /// It has ended already, and its token does not come back.
     Done(io::Result<()>),
-    /// It is under way, and its token comes back from [`StorageQueue::completed`].
+    /// It is under way without its pieces, and its token comes back from [`StorageQueue::completed`].
     Pending,
 }
 

@@ -93,6 +93,10 @@ impl Queue {
         Position { avail: self.state.next.bits(), used: self.state.pushed.bits() }
     }
 
+    pub(super) fn published(&self) -> Position {
+        Position { avail: self.state.next.bits(), used: self.state.published.bits() }
+    }
+
     pub(super) fn under_way(&self) -> u16 {
         self.state.under_way
     }

@@ -82,6 +82,10 @@ impl Queue {
         Position { avail: self.state.next, used: self.state.pushed }
     }
 
+    pub(super) fn published(&self) -> Position {
+        Position { avail: self.state.next, used: self.state.published }
+    }
+
     pub(super) fn under_way(&self) -> u16 {
         self.state.under_way()
     }

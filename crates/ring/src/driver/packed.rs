@@ -170,6 +170,13 @@ impl Ring {
         }
     }
 
+    #[inline]
+    pub(super) fn has_used<M: RingMemory>(&self, memory: &M) -> bool {
+        // A hint: `look` loads it again with the order that it needs.
+        let descriptor = descriptor(&memory.area(RingArea::Descriptors), self.taken.index);
+        self.taken.is_used(descriptor.load_u16(packed::FLAGS, Ordering::Relaxed))
+    }
+
     pub(super) fn disable_callbacks<M: RingMemory>(&mut self, memory: &M) {
         set_event(memory, 0, EVENT_DISABLE);
     }

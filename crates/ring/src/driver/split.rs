@@ -138,6 +138,12 @@ impl Ring {
         Ok(index != next)
     }
 
+    #[inline]
+    pub(super) fn has_used<M: RingMemory>(&self, memory: &M) -> bool {
+        // A hint: `look` loads it again with the order that it needs.
+        self.taken != memory.area(RingArea::Device).load_u16(used::INDEX as usize, Ordering::Relaxed)
+    }
+
     pub(super) fn disable_callbacks<M: RingMemory>(&mut self, memory: &M) {
         let driver = memory.area(RingArea::Driver);
         match self.notifications {

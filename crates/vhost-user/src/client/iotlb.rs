@@ -27,6 +27,9 @@ pub trait Translator: Send + Sync {
     /// Called while no other message to the back-end is under way: between this answer and its arrival there no
     /// invalidation can pass it by.
     fn translate(&self, iova: BusAddr, perm: Permission) -> Option<Translation>;
+
+    /// The back-end announced that its configuration space has changed.
+    fn config_changed(&self) {}
 }
 
 /// One translation, as an UPDATE carries it.
@@ -231,6 +234,7 @@ impl Answering {
             }
             Ok(BackendRequest::ConfigChangeMsg) => {
                 counts.config_changes.fetch_add(1, Ordering::Relaxed);
+                self.translator.config_changed();
                 self.reply(&header, 0)
             }
             // Nothing of this was negotiated.

@@ -9,7 +9,7 @@ use ringfence_policy::{Addressing, Identity, Taken};
 use ringfence_ring::{Format, Layout, Position};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,6 +38,7 @@ pub struct Attachment {
 pub struct FrontendTransport {
     frontend: Arc<Frontend>,
     attachment: Attachment,
+    hidden: u64,
     status: DeviceStatus,
     addressing: Addressing,
     format: Format,
@@ -87,6 +88,7 @@ impl FrontendTransport {
         Self {
             frontend,
             attachment,
+            hidden: 0,
             status: DeviceStatus::empty(),
             addressing: Addressing::Physical,
             format: Format::Split,
@@ -95,9 +97,25 @@ impl FrontendTransport {
         }
     }
 
+    /// Hides `features` from the driver, as a VMM's options do (QEMU's `packed=off`, its default, for one).
+    pub fn without(mut self, features: u64) -> Self {
+        self.hidden |= features;
+        self
+    }
+
     /// The connection below.
     pub fn frontend(&self) -> &Arc<Frontend> {
         &self.frontend
+    }
+
+    /// The eventfd that rings the device for a queue, and the one that the device rings: for a thread that serves the
+    /// queue by itself.
+    ///
+    /// # Errors
+    /// [`TransportError::NotStarted`].
+    pub fn bells(&self, queue: u16) -> Result<(BorrowedFd<'_>, BorrowedFd<'_>), TransportError> {
+        let Queue { kick, call, .. } = self.queue(queue)?;
+        Ok((kick.as_fd(), call.as_fd()))
     }
 
     /// Stops a queue as a VMM does when its guest is paused, and says where it was.
@@ -180,7 +198,7 @@ impl Transport for FrontendTransport {
     }
 
     fn offered(&mut self) -> Result<u64, TransportError> {
-        Ok(self.frontend.offered())
+        Ok(self.frontend.offered() & !self.hidden)
     }
 
     fn take(&mut self, taken: Taken) -> Result<(), TransportError> {

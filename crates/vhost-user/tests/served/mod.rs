@@ -15,7 +15,7 @@ use ringfence_policy::IommuMode;
 use ringfence_vhost_user::client::{self, Attachment, FrontendTransport, TransportError};
 use ringfence_vhost_user::server::{self, Server};
 use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -43,15 +43,26 @@ impl Served {
     }
 
     pub(crate) fn start_keeping(iommu: IommuMode, keep: server::Keep) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("blk.sock");
-        let server = Server::bind(&socket).unwrap();
         let storage = storage::open("memory:8M", storage::Format::Raw, false).unwrap();
         let disk = blk::Options { queues: 1, queue_size: 256, serial: "test".to_owned() };
         let device = Arc::new(Disk::new(storage, disk));
-        let options = server::Options { iommu, keep, queue_size: 256, poll: Duration::from_micros(20) };
+        let options = server::Options {
+            iommu,
+            keep,
+            queue_size: 256,
+            poll: Duration::from_micros(20),
+            io_timeout: Duration::from_secs(10),
+        };
+        Self::run(move |server, end| server.run(device, options, end).unwrap())
+    }
+
+    /// Whatever `run` serves.
+    pub(crate) fn run(run: impl FnOnce(Server, BorrowedFd<'_>) + Send + 'static) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("served.sock");
+        let server = Server::bind(&socket).unwrap();
         let (end, ended) = UnixStream::pair().unwrap();
-        let thread = std::thread::spawn(move || server.run(device, options, ended.as_fd()).unwrap());
+        let thread = std::thread::spawn(move || run(server, ended.as_fd()));
         Self { socket, end, thread: Some(thread), _folder: folder }
     }
 }
@@ -75,7 +86,7 @@ pub(crate) enum Driver {
 pub(crate) struct Frontend {
     pub(crate) client: Arc<client::Frontend>,
     pub(crate) domain: Arc<Domain>,
-    memory: SharedMemory,
+    pub(crate) memory: SharedMemory,
 }
 
 pub(crate) type Driven<'a, M> = Blk<'a, FrontendTransport, M>;

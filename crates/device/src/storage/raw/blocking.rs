@@ -1,66 +1,100 @@
-//! Plain system calls: at once where nothing waits, and for everything where there is no io_uring.
+//! Plain system calls: at once where nothing waits, and in threads for everything where there is no io_uring.
 
-use super::super::{Durability, Operation, Started, StorageQueue, total};
+use super::super::threads::Carry;
+use super::super::{Durability, Operation};
+use super::window::Way;
 use super::work::{Call, Next, Work, ZEROES};
 use super::{Image, Now};
-use ringfence_dma::DetachedSlice;
+use ringfence_dma::{DetachedSlice, HostSlice};
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::Arc;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 
-/// Does one thing at a time, to its end.
-pub(super) struct BlockingQueue {
-    image: Arc<Image>,
-    work: Work,
-}
+/// Copying more bytes than this would keep all others waiting, and who takes memory away too.
+const LONGEST_NOW: u64 = 1 << 20;
 
-impl BlockingQueue {
-    pub(super) fn new(image: Arc<Image>) -> Self {
-        Self { image, work: Work::new() }
+impl Carry for Image {
+    #[inline]
+    unsafe fn now(&self, operation: Operation, pieces: &[DetachedSlice], len: u64) -> io::Result<u64> {
+        // SAFETY: by this function's own contract.
+        unsafe { move_now(self, &mut Work::new(), operation, pieces, len) }
     }
-}
 
-impl StorageQueue for BlockingQueue {
-    unsafe fn start(&mut self, _token: u16, operation: Operation, pieces: &[DetachedSlice]) -> Started {
-        let len = total(pieces);
-        if let Err(refused) = self.image.geometry.admit(&operation, len) {
-            return Started::Done(Err(refused));
-        }
-        let mut next = self.work.begin(&self.image, operation, pieces, len);
+    fn carry_out(&self, operation: Operation, memory: &mut [u8]) -> io::Result<()> {
+        let piece = NonNull::new(memory.as_mut_ptr()).filter(|_| !memory.is_empty());
+        // SAFETY: `memory` is borrowed, and not used by its name any more.
+        let piece = piece.map(|start| unsafe { HostSlice::new(start, memory.len()) }.detach());
+        let mut work = Work::new();
+        let mut next = work.begin(self, operation, piece.as_slice(), memory.len() as u64);
         loop {
             match next {
-                Next::End(result) => return Started::Done(result),
+                Next::End(result) => return result,
                 // Ends: each call moves bytes, or counts as a stall, or gives way to another kind of call.
                 Next::Call => {
-                    // SAFETY: the pieces are good during this very call.
-                    let result = unsafe { make(&self.image, self.work.call(), 0) };
+                    // SAFETY: the memory is good during this very call.
+                    let result = unsafe { make(self, work.call(), 0) };
                     // SAFETY: as above.
-                    next = unsafe { self.work.returned(&self.image, result) };
+                    next = unsafe { work.returned(self, result) };
                 }
             }
         }
     }
-
-    fn submit(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn completed(&mut self, _each: &mut dyn FnMut(u16, io::Result<()>)) {}
-
-    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
-
-    fn cancel(&mut self, _token: u16) {}
 }
 
-/// Makes a transfer as far as that needs no waiting. `None` where the ring has to.
+/// Moves as many bytes between the image and `pieces`, which are `len` bytes, as can be without waiting, and says how
+/// many.
+///
+/// # Safety
+/// The pieces are good until this returns.
+#[inline]
+pub(super) unsafe fn move_now(
+    image: &Image,
+    work: &mut Work,
+    operation: Operation,
+    pieces: &[DetachedSlice],
+    len: u64,
+) -> io::Result<u64> {
+    if len > LONGEST_NOW {
+        return Ok(0);
+    }
+    if let (Some(window), Some((way, offset))) = (&image.window, Way::of(operation)) {
+        // SAFETY: by this function's own contract.
+        if unsafe { window.transfer(offset, pieces, len, way) } {
+            return Ok(len);
+        }
+    }
+    if let Next::End(result) = work.begin(image, operation, pieces, len) {
+        return result.map(|()| len);
+    }
+    // May take several calls, for many pieces; each moves bytes, or counts as a stall.
+    // SAFETY: the pieces are good by this function's own contract.
+    while let Some(result) = unsafe { make_now(image, work.call()) } {
+        // SAFETY: as above.
+        if let Next::End(result) = unsafe { work.returned(image, result) } {
+            return result.map(|()| len);
+        }
+    }
+    Ok(len - work.left())
+}
+
+/// Whether the file's file system knows RWF_NOWAIT.
+pub(super) fn knows_nowait(file: &File) -> bool {
+    let mut byte = 0_u8;
+    let piece = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    // SAFETY: writes to one byte of this function's own.
+    let result = unsafe { libc::preadv2(file.as_raw_fd(), &piece, 1, 0, libc::RWF_NOWAIT) };
+    let unknown = [libc::EOPNOTSUPP, libc::ENOSYS, libc::EINVAL];
+    result >= 0 || !unknown.contains(&io::Error::last_os_error().raw_os_error().unwrap_or(0))
+}
+
+/// Makes a transfer as far as that needs no waiting. `None` where somebody has to wait.
 ///
 /// # Safety
 /// The call's pieces are good until this returns.
 #[inline]
-pub(super) unsafe fn make_now(image: &Image, call: Call<'_>) -> Option<i32> {
+unsafe fn make_now(image: &Image, call: Call<'_>) -> Option<i32> {
     let now = match call {
         Call::Read { .. } => &image.read_now,
         Call::Write { durability: Durability::Cached, .. } => &image.write_now,
@@ -82,7 +116,7 @@ pub(super) unsafe fn make_now(image: &Image, call: Call<'_>) -> Option<i32> {
             unsupported.store(true, Ordering::Relaxed);
             None
         }
-        // EAGAIN: it would have to wait. The ring finds any other error again, if it is one.
+        // EAGAIN: it would have to wait. Whoever does finds any other error again, if it is one.
         _ => None,
     }
 }

@@ -1,9 +1,12 @@
 mod blocking;
 mod ring;
+mod window;
 mod work;
 
+use super::bounce::{Bounce, Strays};
 use super::lock::lock;
 use super::open::{OpenError, Reason, open_file};
+use super::threads::Threads;
 use super::{Geometry, Lost, SECTOR, Storage, StorageQueue};
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -12,11 +15,12 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use window::Window;
 
 /// A file or block device whose bytes are the disk's.
 ///
-/// Data goes through the page cache: what it holds is copied at once, the rest by io_uring. Where the kernel has no
-/// io_uring to give, a queue does one thing at a time, and says so once.
+/// Data goes through the page cache: what it holds is copied at once, the rest by io_uring. A file in a tmpfs is mapped. Where the kernel has no
+/// io_uring to give, a queue does the rest by a few threads, and says so once.
 ///
 /// A file whose size is no multiple of 512 has that size rounded up: the missing bytes read as zeroes, and writing them
 /// makes the file longer. A file that got shorter since it was opened has no bytes there: reading them is an error.
@@ -44,17 +48,19 @@ impl Storage for Raw {
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn StorageQueue>> {
-        match ring::RingQueue::new(Arc::clone(&self.shared), depth) {
-            Ok(queue) => Ok(Box::new(queue)),
+        let Image { geometry, strays, .. } = &*self.shared;
+        match ring::Ring::new(Arc::clone(&self.shared), depth) {
+            Ok(ring) => Ok(Box::new(Bounce::new(ring, *geometry, depth, strays))),
             Err(error) if is_forbidden(&error) => {
                 if !self.shared.warned_of_no_ring.swap(true, Ordering::Relaxed) {
                     tracing::warn!(
                         %error,
-                        "no io_uring here, so each queue does one thing at a time; allow it by `sysctl \
+                        "no io_uring here, so each queue waits in threads; allow it by `sysctl \
                          kernel.io_uring_disabled=0` and in the container's seccomp profile"
                     );
                 }
-                Ok(Box::new(blocking::BlockingQueue::new(Arc::clone(&self.shared))))
+                let threads = Threads::new("raw", &self.shared, depth)?;
+                Ok(Box::new(Bounce::new(threads, *geometry, depth, strays)))
             }
             Err(error) => Err(error),
         }
@@ -76,11 +82,17 @@ struct Image {
     /// The size when it was opened, which `geometry.capacity` rounds up.
     len: u64,
     is_device: bool,
+    /// Of a file that lives in memory and may be written.
+    window: Option<Window>,
     read_now: Now,
     write_now: Now,
+    /// Whether its file system knows calls that must not wait. One that does not may wait, in its server, for what io_uring
+    /// asks it on the way in: that is for a thread of the kernel's from the start.
+    knows_nowait: bool,
     can_punch: AtomicBool,
     can_zero: AtomicBool,
     lost: Lost,
+    strays: Strays,
     warned_of_shrinking: AtomicBool,
     warned_of_no_ring: AtomicBool,
 }
@@ -117,6 +129,8 @@ impl Image {
         let units = if is_device { device_units(&file) } else { file_units(&file) };
         let units = units.map_err(|source| Reason::Io { doing: "asking for its block size", source })?;
         let in_memory = !is_device && lives_in_memory(&file);
+        let knows_nowait = in_memory || blocking::knows_nowait(&file);
+        let window = if in_memory && !read_only { Window::over(&file, len) } else { None };
         Ok(Self {
             geometry: Geometry {
                 block_size: units.block,
@@ -130,11 +144,14 @@ impl Image {
             _locked: locked,
             len,
             is_device,
+            window,
             read_now: Now::of(in_memory),
             write_now: Now::of(in_memory),
+            knows_nowait,
             can_punch: AtomicBool::new(true),
             can_zero: AtomicBool::new(true),
             lost: Lost::default(),
+            strays: Strays::default(),
             warned_of_shrinking: AtomicBool::new(false),
             warned_of_no_ring: AtomicBool::new(false),
         })
@@ -176,7 +193,7 @@ fn lives_in_memory(file: &File) -> bool {
 #[cfg(test)]
 mod tests {
     use super::super::exercise::{CAPACITY, Driver, exercise, refuses_every_change, untouched_from_now_on};
-    use super::super::{Durability, Operation, Started};
+    use super::super::{Came, Durability, Operation, Started};
     use super::*;
     use ringfence_dma::Ram;
     use std::io::{Read, Write};
@@ -206,6 +223,7 @@ mod tests {
     /// Everything through the ring.
     fn without_shortcuts(raw: Raw) -> Raw {
         let mut image = Arc::into_inner(raw.shared).expect("no queue yet");
+        image.window = None;
         for now in [&mut image.read_now, &mut image.write_now] {
             *now = Now::Unless { unsupported: AtomicBool::new(true) };
         }
@@ -220,8 +238,10 @@ mod tests {
             self.0.geometry()
         }
 
-        fn open_queue(&self, _depth: u16) -> io::Result<Box<dyn StorageQueue>> {
-            Ok(Box::new(blocking::BlockingQueue::new(Arc::clone(&self.0.shared))))
+        fn open_queue(&self, depth: u16) -> io::Result<Box<dyn StorageQueue>> {
+            let Image { geometry, strays, .. } = &*self.0.shared;
+            let threads = Threads::new("raw", &self.0.shared, depth)?;
+            Ok(Box::new(Bounce::new(threads, *geometry, depth, strays)))
         }
     }
 
@@ -234,11 +254,14 @@ mod tests {
             geometry: Geometry::plain(1 << 20),
             len: 1 << 20,
             is_device: false,
+            window: None,
             read_now: Now::of(false),
             write_now: Now::of(false),
+            knows_nowait: true,
             can_punch: AtomicBool::new(true),
             can_zero: AtomicBool::new(true),
             lost: Lost::default(),
+            strays: Strays::default(),
             warned_of_shrinking: AtomicBool::new(false),
             warned_of_no_ring: AtomicBool::new(false),
         };
@@ -312,6 +335,49 @@ mod tests {
             assert_eq!(driver.read(4096, 512).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
             driver.read(0, 4096).unwrap();
         }
+    }
+
+    #[test]
+    fn a_file_in_memory_that_shrank_is_an_error_too() {
+        let mut file = in_memory(0);
+        file.write_all(&[5; 3 << 20]).unwrap();
+        let raw = open(&file);
+        let mut driver = driver(&raw, 8192);
+        for _ in 0..20 {
+            assert_eq!(driver.read(1 << 20, 8192).unwrap(), [5; 8192]);
+        }
+        assert!(!raw.shared.window.as_ref().unwrap().is_lost());
+        file.as_file().set_len(4096).unwrap();
+        assert_eq!(driver.read(1 << 20, 8192).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert!(raw.shared.window.as_ref().unwrap().is_lost(), "it was in use");
+        assert_eq!(driver.read(0, 4096).unwrap(), [5; 4096]);
+        // As a call does it.
+        driver.write(2 << 20, &[6; 512]).unwrap();
+        assert_eq!(driver.read(2 << 20, 512).unwrap(), [6; 512]);
+    }
+
+    #[test]
+    fn looking_at_a_file_in_memory_fills_no_holes() {
+        let file = in_memory(8 << 20);
+        let raw = open(&file);
+        let blocks = || file.as_file().metadata().unwrap().blocks();
+        let mut driver = driver(&raw, 4 << 20);
+        driver.write(0, &[7; 4 << 20]).unwrap();
+        let read_all = |driver: &mut Driver| {
+            for at in (0..8 << 20).step_by(64 << 10) {
+                driver.run(Operation::Read { offset: at }, &[(0, 64 << 10)]).unwrap();
+            }
+        };
+        let full = blocks();
+        for _ in 0..3 {
+            read_all(&mut driver);
+        }
+        assert_eq!(blocks(), full);
+        driver.run(Operation::Discard { offset: 1 << 20, len: 1 << 20 }, &[]).unwrap();
+        for _ in 0..3 {
+            read_all(&mut driver);
+        }
+        assert_eq!(full - blocks(), (1 << 20) / 512);
     }
 
     #[test]
@@ -483,9 +549,9 @@ mod tests {
         assert!(!bytes.contains(&7), "memory was written after its queue had gone");
     }
 
-    /// The kernel's own threads are in the middle of copying, and can't be stopped there.
+    /// Not by the kernel, whose threads are in the middle of copying, and not by anybody before `go_on`.
     #[test]
-    fn a_queue_that_goes_waits_for_what_cannot_be_cancelled() {
+    fn what_is_under_way_touches_none_of_its_pieces() {
         const LEN: usize = 64 << 20;
         let mut file = in_memory(0);
         file.write_all(&vec![7; LEN]).unwrap();
@@ -500,16 +566,18 @@ mod tests {
             assert!(matches!(started, Started::Pending));
         }
         queue.submit().unwrap();
-        // Looks at some bytes only, which is quicker than a copy.
-        let ends = || [1, 2, 3, 4].map(|part| ram.slice(part * (LEN / 4) - 8, 8).load_u64(0, Ordering::Relaxed));
-        let begun = || (0..4).any(|part| ram.slice(part * (LEN / 4), 8).load_u64(0, Ordering::Relaxed) != 0);
-        while !begun() {
-            std::thread::yield_now();
+        let mut back = 0;
+        while back < 4 {
+            queue.completed(&mut |token, came| {
+                assert!(matches!(came, Came::Data { done: 0 }), "token {token}: {came:?}");
+                back += 1;
+            });
         }
+        queue.forget(3);
         drop(queue);
-        let now = ends();
-        std::thread::sleep(std::time::Duration::from_millis(100));
-        assert_eq!(now, ends(), "memory was written after its queue had gone");
+        let mut bytes = vec![1; LEN];
+        ram.slice(0, LEN).read(0, &mut bytes);
+        assert!(bytes.iter().all(|&byte| byte == 0));
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Operations under way in the kernel, through io_uring.
 
-use super::super::{Operation, Started, StorageQueue, total};
+use super::super::bounce::Engine;
+use super::super::{Operation, Started};
 use super::Image;
-use super::blocking::{make_now, rw_flags};
+use super::blocking::{move_now, rw_flags};
 use super::work::{Call, Next, Work, ZEROES};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use ringfence_dma::DetachedSlice;
@@ -20,23 +21,22 @@ const CANCELLATION: u64 = 1 << 16;
 /// The longest submission queue that the kernel allows, and the longest virtqueue.
 const MAX_ENTRIES: u32 = 1 << 15;
 
-/// Copying more bytes than this would keep all others waiting; a thread of the kernel's may do it.
-const LONGEST_NOW: u64 = 1 << 20;
-
 /// How often a full kernel is asked again where nothing is under way that would make room by ending.
 const MAX_REFUSALS: u32 = 100;
 
 /// Every token has at most two entries in the kernel: its call, and one attempt to cancel. The completion queue has
 /// room for all of them, so it can't overflow.
-pub(super) struct RingQueue {
+pub(super) struct Ring {
     ring: IoUring,
     image: Arc<Image>,
     slots: Vec<Slot>,
+    /// What is done without waiting; kept for its capacity.
+    now: Work,
     /// How many tokens are under way.
     under_way: usize,
     /// Entries for which the submission queue had no room.
     waiting: Vec<squeue::Entry>,
-    /// Whether [`StorageQueue::completed`] left something to submit.
+    /// Whether [`Engine::completed`] left something to submit.
     continued: bool,
     /// Completions taken out of the ring; kept for its capacity.
     reaped: Vec<cqueue::Entry>,
@@ -55,7 +55,7 @@ enum State {
     Cancelled,
 }
 
-impl RingQueue {
+impl Ring {
     pub(super) fn new(image: Arc<Image>, depth: u16) -> io::Result<Self> {
         let entries = u32::from(depth).next_power_of_two();
         assert!(entries <= MAX_ENTRIES, "a depth of {depth}, which no virtqueue has");
@@ -63,20 +63,21 @@ impl RingQueue {
         ring.submitter().register_files(&[image.file.as_raw_fd()])?;
         let slots = (0..depth).map(|_| Slot { work: Work::new(), state: State::Idle }).collect();
         let reaped = Vec::with_capacity(usize::from(depth) * 2);
-        Ok(Self { ring, image, slots, under_way: 0, waiting: Vec::new(), continued: false, reaped })
+        let now = Work::new();
+        Ok(Self { ring, image, slots, now, under_way: 0, waiting: Vec::new(), continued: false, reaped })
     }
 
     fn push_call(&mut self, token: u16) {
         let work = &self.slots[usize::from(token)].work;
         let entry = entry(work.call()).user_data(token.into());
         // In a worker thread of the kernel, where it may wait.
-        let entry = if work.stalled() { entry.flags(squeue::Flags::ASYNC) } else { entry };
+        let entry = if work.stalled() || !self.image.knows_nowait { entry.flags(squeue::Flags::ASYNC) } else { entry };
         self.push(entry);
     }
 
     fn push(&mut self, entry: squeue::Entry) {
         let order_kept = self.waiting.is_empty();
-        // SAFETY: what the entry points to stays good until its completion: pieces by the contract of `start`, the
+        // SAFETY: what the entry points to stays good until its completion: memory by the contract of `start`, the
         // array of pieces because a slot's work changes only after its call has completed, and the queue is not dropped
         // before all have; the rest is static.
         if !order_kept || unsafe { self.ring.submission().push(&entry) }.is_err() {
@@ -101,7 +102,7 @@ impl RingQueue {
     fn ended(&mut self, token: u16, result: i32) -> Option<io::Result<()>> {
         let slot = &mut self.slots[usize::from(token)];
         assert!(slot.state != State::Idle, "the kernel completed token {token}, which is not under way");
-        // SAFETY: the token is under way, so its pieces are good by the contract of `start`.
+        // SAFETY: the token is under way, so its memory is good by the contract of `start`.
         let next = unsafe { slot.work.returned(&self.image, result) };
         let result = match (next, slot.state) {
             (Next::Call, State::Cancelled) => Err(io::Error::from_raw_os_error(libc::ECANCELED)),
@@ -139,27 +140,19 @@ impl RingQueue {
     }
 }
 
-impl StorageQueue for RingQueue {
+impl Engine for Ring {
     #[inline]
-    unsafe fn start(&mut self, token: u16, operation: Operation, pieces: &[DetachedSlice]) -> Started {
-        let len = total(pieces);
-        if let Err(refused) = self.image.geometry.admit(&operation, len) {
-            return Started::Done(Err(refused));
-        }
+    unsafe fn now(&mut self, operation: Operation, pieces: &[DetachedSlice], len: u64) -> io::Result<u64> {
+        // SAFETY: by this function's own contract.
+        unsafe { move_now(&self.image, &mut self.now, operation, pieces, len) }
+    }
+
+    unsafe fn start(&mut self, token: u16, operation: Operation, memory: Option<DetachedSlice>) -> Started {
         let slot = &mut self.slots[usize::from(token)];
         assert!(slot.state == State::Idle, "token {token} is under way already");
-        if let Next::End(result) = slot.work.begin(&self.image, operation, pieces, len) {
+        let len = memory.map_or(0, |memory| memory.len() as u64);
+        if let Next::End(result) = slot.work.begin(&self.image, operation, memory.as_slice(), len) {
             return Started::Done(result);
-        }
-        if len <= LONGEST_NOW {
-            // May take several calls, for many pieces; each moves bytes, or counts as a stall.
-            // SAFETY: the pieces are good by this function's own contract.
-            while let Some(result) = unsafe { make_now(&self.image, slot.work.call()) } {
-                // SAFETY: as above.
-                if let Next::End(result) = unsafe { slot.work.returned(&self.image, result) } {
-                    return Started::Done(result);
-                }
-            }
         }
         slot.state = State::UnderWay;
         self.under_way += 1;
@@ -202,9 +195,9 @@ impl StorageQueue for RingQueue {
         }
     }
 
-    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+    fn completion_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the ring owns its descriptor and lives as long as `self`.
-        Some(unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) })
+        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
     }
 
     fn cancel(&mut self, token: u16) {
@@ -218,9 +211,9 @@ impl StorageQueue for RingQueue {
     }
 }
 
-/// Closing a ring does not wait for what is in it, and the kernel would go on writing to memory that is not ours any
-/// more. So this waits.
-impl Drop for RingQueue {
+/// Closing a ring does not wait for what is in it, and the kernel would go on writing to memory that is somebody else's by
+/// then. So this waits.
+impl Drop for Ring {
     fn drop(&mut self) {
         for token in 0..self.slots.len() as u16 {
             if self.slots[usize::from(token)].state == State::UnderWay {

@@ -105,11 +105,13 @@ impl Work {
                 return if ended { Next::End(verdict) } else { Next::Call };
             }
             Operation::Discard { offset, len } => {
+                image.window.as_ref().inspect(|window| window.forget(offset, len));
                 let (offset, len) = image.whole_blocks(offset, len);
                 let len = if image.can_punch.load(Ordering::Relaxed) { len } else { 0 };
                 (Kind::Discard, offset, len)
             }
             Operation::WriteZeroes { offset, len, unmap } => {
+                image.window.as_ref().inspect(|window| window.forget(offset, len));
                 let punch = unmap && image.can_punch.load(Ordering::Relaxed);
                 let range = image.can_zero.load(Ordering::Relaxed);
                 let zeroing = match (punch, range) {
@@ -151,7 +153,7 @@ impl Work {
     /// Takes in what the call returned: a count, or an error's number made negative.
     ///
     /// # Safety
-    /// The pieces are good, as [`StorageQueue::start`](super::StorageQueue::start) has it.
+    /// The pieces are good, until this returns.
     #[inline]
     pub(super) unsafe fn returned(&mut self, image: &Image, result: i32) -> Next {
         match result {
@@ -250,6 +252,12 @@ impl Work {
             }
             _ => error(),
         }
+    }
+
+    /// How many bytes are not done.
+    #[inline]
+    pub(super) fn left(&self) -> u64 {
+        self.left
     }
 
     /// Whether the last call came back with nothing done, so that the next should be allowed to wait.

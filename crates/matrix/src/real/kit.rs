@@ -1,0 +1,112 @@
+//! What guests are made of, fetched before the first of them boots.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use ringfence_guests::{
+    Arch, Cache, Error, Hypervisor, Kernel, KernelSeries, Qemu, QemuSource, StorageDaemon, Suite, System,
+};
+
+use super::cell::{Cell, Device, Driver};
+
+/// Why a cell cannot be executed.
+#[derive(Clone, Debug)]
+pub(crate) struct Missing {
+    pub(crate) reason: String,
+    /// Whether the machine lacks a tool, rather than that something went wrong.
+    pub(crate) tool: bool,
+}
+
+type Part<T> = Result<T, Missing>;
+
+/// Each part of the cells' machines, or why it is not there.
+pub(crate) struct Kit {
+    qemus: BTreeMap<Arch, Part<(Qemu, String)>>,
+    kernels: BTreeMap<(KernelSeries, Arch), Part<Kernel>>,
+    busyboxes: BTreeMap<Arch, Part<PathBuf>>,
+    xen: Option<Part<PathBuf>>,
+    storage_daemon: Option<Part<StorageDaemon>>,
+    old_driver: Part<PathBuf>,
+}
+
+impl Kit {
+    /// Fetches for `cells` what is not in the cache.
+    pub(crate) fn fetch(cache: &Cache<'_>, source: QemuSource, old_driver: Option<&Path>, cells: &[Cell]) -> Self {
+        let arches: BTreeSet<Arch> = cells.iter().map(|cell| cell.platform.arch).collect();
+        let linux = |cell: &&Cell| cell.driver != Driver::VirtioDrivers;
+        let series: BTreeSet<_> =
+            cells.iter().filter(linux).map(|cell| (cell.platform.kernel, cell.platform.arch)).collect();
+        let xen = cells.iter().any(|cell| cell.platform.hypervisor == Hypervisor::Xen);
+        let daemon = cells.iter().any(|cell| matches!(cell.device, Device::StorageDaemon(_)));
+        Self {
+            qemus: qemus(cache, source, &arches),
+            busyboxes: series.iter().map(|&(_, arch)| (arch, part(cache.busybox(arch)))).collect(),
+            kernels: series.into_iter().map(|key| (key, part(cache.kernel(key.0, key.1)))).collect(),
+            xen: xen.then(|| part(cache.xen())),
+            storage_daemon: daemon.then(|| part(storage_daemon(cache, source))),
+            old_driver: old_driver_at(old_driver),
+        }
+    }
+
+    /// The emulator for a cell, and its version.
+    pub(crate) fn qemu(&self, cell: &Cell) -> Part<&(Qemu, String)> {
+        self.qemus[&cell.platform.arch].as_ref().map_err(Clone::clone)
+    }
+
+    /// qemu-storage-daemon.
+    pub(crate) fn storage_daemon(&self) -> Part<&StorageDaemon> {
+        self.storage_daemon.as_ref().expect("fetched for a cell that has it").as_ref().map_err(Clone::clone)
+    }
+
+    /// What runs in a cell's guest.
+    pub(crate) fn system(&self, cell: &Cell) -> Part<System<'_>> {
+        if cell.driver == Driver::VirtioDrivers {
+            return self.old_driver.as_deref().map(System::Program).map_err(Clone::clone);
+        }
+        let platform = cell.platform;
+        let there = |part: &'_ Part<_>| part.as_ref().map(|_| ()).map_err(Clone::clone);
+        let xen = match (&self.xen, platform.hypervisor) {
+            (Some(xen), Hypervisor::Xen) => Some(xen.as_deref().map_err(Clone::clone)?),
+            _ => None,
+        };
+        there(&self.busyboxes[&platform.arch])?;
+        let kernel = self.kernels[&(platform.kernel, platform.arch)].as_ref().map_err(Clone::clone)?;
+        let busybox = self.busyboxes[&platform.arch].as_deref().map_err(Clone::clone)?;
+        Ok(System::Linux { kernel, busybox, xen })
+    }
+}
+
+fn part<T>(found: Result<T, Error>) -> Part<T> {
+    found.map_err(|error| Missing { reason: error.to_string(), tool: error.is_missing_tool() })
+}
+
+/// One QEMU for all, or where that cannot be had one for each.
+fn qemus(cache: &Cache<'_>, source: QemuSource, arches: &BTreeSet<Arch>) -> BTreeMap<Arch, Part<(Qemu, String)>> {
+    let with_version = |qemu: Qemu, arch| qemu.version(arch).map(|version| (qemu, version));
+    let all: Vec<Arch> = arches.iter().copied().collect();
+    let together = Qemu::find(cache, source, &all);
+    let one = |arch| match &together {
+        Ok(qemu) => with_version(qemu.clone(), arch),
+        Err(_) => Qemu::find(cache, source, &[arch]).and_then(|qemu| with_version(qemu, arch)),
+    };
+    all.iter().map(|&arch| (arch, part(one(arch)))).collect()
+}
+
+/// The machine's own, else one of the suite that QEMU is from.
+fn storage_daemon(cache: &Cache<'_>, source: QemuSource) -> Result<StorageDaemon, Error> {
+    let in_path = StorageDaemon::IN_PATH.version().map(|_| StorageDaemon::IN_PATH);
+    match source {
+        QemuSource::Path => in_path,
+        QemuSource::Unpacked(suite) => StorageDaemon::unpacked(cache, suite),
+        QemuSource::Auto => in_path.or_else(|_| StorageDaemon::unpacked(cache, Suite::BookwormBackports)),
+    }
+}
+
+fn old_driver_at(path: Option<&Path>) -> Part<PathBuf> {
+    let missing = |reason| Missing { reason, tool: true };
+    let path = path.ok_or_else(|| missing("no program with an old driver; name one by --old-driver".to_owned()))?;
+    match path.is_file() {
+        true => Ok(path.to_owned()),
+        false => Err(missing(format!("no program with an old driver at {}; see --old-driver", path.display()))),
+    }
+}

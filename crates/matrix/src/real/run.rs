@@ -1,0 +1,157 @@
+//! One cell, booted.
+
+use std::cell::Cell as Slot;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use ringfence_guests::{Backend, Boot, Disk, Error, Image, Interface, Qemu, StorageDaemon, System, Watch};
+
+use super::cell::{Cell, Device, Driver};
+use super::seen::{Counts, Seen, Server};
+use super::session::Options;
+
+/// How long a server may take to log the end of a connection.
+const PARTING: Duration = Duration::from_secs(5);
+
+/// How long a guest is given to be served after all, once its server has refused it and its driver has started.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// How often the server's log is looked at.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// A cell that was booted, and all that was said.
+pub(crate) struct Booted {
+    pub(crate) seen: Seen,
+    pub(crate) log: String,
+}
+
+/// What a cell is made of.
+pub(crate) struct Parts<'a> {
+    pub(crate) qemu: &'a Qemu,
+    pub(crate) system: System<'a>,
+    /// Where the cell has it.
+    pub(crate) storage_daemon: Option<&'a StorageDaemon>,
+}
+
+/// Boots `cell`; an error means that there was no boot.
+pub(crate) fn boot(cell: &Cell, parts: &Parts<'_>, options: &Options<'_>) -> Result<Booted, Error> {
+    let &Parts { qemu, system, storage_daemon } = parts;
+    let folder = ringfence_guests::scratch()?;
+    let image = Image::create(&folder.path().join("disk"), seed(cell))?;
+    let [socket, server_log] = ["socket", "log"].map(|name| folder.path().join(name));
+    let command = match cell.device {
+        Device::QemuBlk(_) => None,
+        Device::ServeBlk(..) => Some(serve(cell, options.server, &image, &socket)),
+        Device::StorageDaemon(_) => storage_daemon.map(|daemon| daemon.export(image.path(), &socket)),
+    };
+    let backend = command.map(|command| Backend::start(command, &socket, &server_log)).transpose()?;
+    let outcome = Boot {
+        qemu,
+        platform: cell.platform,
+        system,
+        disk: backend.as_ref().map_or(Disk::QemuOwn(image.path()), |backend| Disk::VhostUser(backend.socket())),
+        platform_access: cell.flag(),
+        interface: if cell.driver == Driver::LinuxLegacy { Interface::Transitional } else { Interface::Modern },
+        timeout: options.timeout,
+        watch: &watch(backend.as_ref(), options),
+    }
+    .run()?;
+    let served = backend.as_ref().map(|backend| format!("--- server\n{}", backend.log())).unwrap_or_default();
+    let log = outcome.log() + &served;
+    let server = match cell.device {
+        Device::ServeBlk(..) => backend.map(end_of_server),
+        Device::QemuBlk(_) | Device::StorageDaemon(_) => None,
+    };
+    let (image, initial, expected) = (image.state()?, image.initial().to_owned(), image.expected().to_owned());
+    Ok(Booted { seen: Seen { platform: cell.platform, outcome, image, initial, expected, server }, log })
+}
+
+fn serve(cell: &Cell, program: &Path, image: &Image, socket: &Path) -> Command {
+    let Device::ServeBlk(mode, keep) = cell.device else { unreachable!("only for our own server") };
+    let mut command = Command::new(program);
+    command.args(["serve", "blk", "--iommu", &mode.to_string(), "--iotlb", keep.name(), "--socket"]).arg(socket);
+    command.arg("--image").arg(image.path());
+    command
+}
+
+/// Ends a guest whose server has refused it: it would wait for its disk for long. And every guest when we are to stop.
+fn watch<'a>(backend: Option<&'a Backend>, options: &'a Options<'_>) -> impl Fn(&str) -> Watch + use<'a> {
+    let refused = Slot::new(None);
+    let looked = Slot::new(Instant::now());
+    move |console| {
+        if options.stop.load(Ordering::Relaxed) {
+            return Watch::Enough;
+        }
+        let Some(backend) = backend.filter(|_| console.contains("RINGFENCE started=")) else { return Watch::On };
+        if refused.get().is_none() && looked.get().elapsed() > LOOK {
+            looked.set(Instant::now());
+            refused.set(refusal(&backend.log()).map(|_| Instant::now()));
+        }
+        match refused.get() {
+            Some(since) if since.elapsed() > GRACE => Watch::Enough,
+            _ => Watch::On,
+        }
+    }
+}
+
+/// What our server has to say for itself, in the end.
+fn end_of_server(mut backend: Backend) -> Server {
+    // The counts come with the end of the connection, which may trail QEMU's.
+    backend.logs(PARTING, |line| Counts::parse(line).is_some());
+    let log = backend.log();
+    let refusal = refusal(&log).map(str::to_owned);
+    let serves_on = refusal.is_some() && backend.serves();
+    let complaints = log.lines().filter(|line| line.contains(" WARN ") || line.contains("ERROR "));
+    Server {
+        refusal,
+        counts: log.lines().rev().find_map(Counts::parse),
+        complaints: complaints.take(8).map(without_time).collect(),
+        serves_on,
+        end: match backend.end() {
+            Ok(status) if status.success() => Ok(()),
+            Ok(status) => Err(status.to_string()),
+            Err(error) => Err(error.to_string()),
+        },
+    }
+}
+
+/// Our server's reason for turning a front-end away for the flag's sake.
+fn refusal(log: &str) -> Option<&str> {
+    log.lines().find_map(|line| {
+        let (_, reason) = line.split_once("refused: ")?;
+        reason.contains("IOMMU").then_some(reason)
+    })
+}
+
+/// A line of our server's log without the time that it begins with.
+fn without_time(line: &str) -> String {
+    line.split_once(' ').map_or(line, |(_, rest)| rest).trim().to_owned()
+}
+
+/// Differs between cells that run at the same time.
+fn seed(cell: &Cell) -> u64 {
+    cell.to_string().bytes().fold(0, |seed, byte| (seed * 31 + u64::from(byte)) & 0xffff_ffff)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_cell_has_its_own_disk() {
+        let cells = Cell::all();
+        assert_eq!(cells.iter().map(seed).collect::<BTreeSet<_>>().len(), cells.len());
+    }
+
+    #[test]
+    fn a_refusal_is_one_for_the_flags_sake() {
+        let log = "T INFO listening\nT ERROR connection closed: refused: the device refuses its driver: the IOMMU …\n";
+        assert_eq!(refusal(log), Some("the device refuses its driver: the IOMMU …"));
+        assert_eq!(refusal("T ERROR connection closed: refused: bad ring"), None);
+        assert_eq!(without_time("T ERROR x"), "ERROR x");
+    }
+}

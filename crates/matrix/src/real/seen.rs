@@ -1,0 +1,216 @@
+//! What was seen of a real cell.
+
+use std::time::Duration;
+
+use ringfence_guests::{Guest, ImageState, IommuTrace, Outcome, Platform, Ring, Translation};
+use ringfence_policy::IommuMode;
+
+use crate::world::Flag;
+
+/// Everything that was seen of a guest and its disk.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    /// Where.
+    pub(crate) platform: &'static Platform,
+    /// The boot.
+    pub(crate) outcome: Outcome,
+    /// What the image held in the end.
+    pub(crate) image: ImageState,
+    /// SHA-256 of the disk as the guest finds it.
+    pub(crate) initial: String,
+    /// SHA-256 of the disk as it leaves it.
+    pub(crate) expected: String,
+    /// What `ringfence serve blk` logged, where it serves.
+    pub(crate) server: Option<Server>,
+}
+
+/// What our server said and did.
+#[derive(Clone, Debug)]
+pub(crate) struct Server {
+    /// Its reason for turning the front-end away.
+    pub(crate) refusal: Option<String>,
+    /// What it counted in the last connection.
+    pub(crate) counts: Option<Counts>,
+    /// Warnings and errors, a line each.
+    pub(crate) complaints: Vec<String>,
+    /// After a refusal: whether it takes the next front-end.
+    pub(crate) serves_on: bool,
+    /// How it ended when it was told to.
+    pub(crate) end: Result<(), String>,
+}
+
+/// The counts in the server's line on a connection's end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) misses: u64,
+    pub(crate) updates: u64,
+    pub(crate) invalidations: u64,
+    pub(crate) faults: u64,
+}
+
+/// What a device's addresses were to the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Addresses {
+    /// The guest's own.
+    Own,
+    /// Others, which something turned into the right ones, and only the pages that were lent.
+    Translated,
+    /// Others, by an offset that is always the same or that nothing confines: all of memory is in reach.
+    Shifted,
+    /// None was seen.
+    Unknown,
+}
+
+impl Seen {
+    pub(crate) fn guest(&self) -> &Guest {
+        self.outcome.so_far()
+    }
+
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.outcome.elapsed
+    }
+
+    pub(crate) fn iommu(&self) -> &IommuTrace {
+        &self.outcome.iommu
+    }
+
+    pub(crate) fn ring(&self) -> Option<Ring> {
+        self.outcome.virtio.as_ref()?.ring
+    }
+
+    /// What became of the flag: offered as QEMU knows it, taken as the guest knows it, else as QEMU does.
+    pub(crate) fn flag(&self) -> Flag {
+        let virtio = self.outcome.virtio.as_ref();
+        let named = |names: &[String]| names.iter().any(|name| FLAG_NAMES.contains(&&**name));
+        let taken = match &self.guest().features {
+            Some(features) => features.has(flag_bit()),
+            None => virtio.is_some_and(|virtio| named(&virtio.taken)),
+        };
+        match (virtio.is_some_and(|virtio| named(&virtio.offered)), taken) {
+            (_, true) => Flag::Taken,
+            (true, false) => Flag::NotTaken,
+            (false, false) => Flag::NotOffered,
+        }
+    }
+
+    /// Pages of memory that the IOMMU let the device reach. Where it writes an interrupt is no memory.
+    pub(crate) fn pages(&self) -> impl Iterator<Item = Translation> {
+        let ram = self.platform.ram();
+        self.iommu().pages.iter().copied().filter(move |page| ram.contains(&page.machine))
+    }
+
+    /// What the device's addresses were, by the ring that the driver gave it and by what the IOMMU did.
+    pub(crate) fn addresses(&self) -> Addresses {
+        let offsets = |page: Translation| page.machine.wrapping_sub(page.bus);
+        let first = self.pages().map(offsets).next();
+        let several = self.pages().any(|page| Some(offsets(page)) != first);
+        let ring = self.ring().map(|ring| self.is_own(ring.descriptors));
+        match (ring, first) {
+            // Each page has a place of its own in the IOMMU's tables.
+            (_, Some(_)) if several => Addresses::Translated,
+            (_, Some(offset)) if offset != 0 => Addresses::Shifted,
+            // Outside of what the guest calls its memory.
+            (Some(false), _) => Addresses::Shifted,
+            (Some(true), _) => Addresses::Own,
+            (None, _) => Addresses::Unknown,
+        }
+    }
+
+    /// Whether an address lies in what the guest calls its memory.
+    pub(crate) fn is_own(&self, address: u64) -> bool {
+        let ram = self.platform.ram();
+        match &self.guest().ram[..] {
+            // It did not come to say so.
+            [] => ram.contains(&address),
+            ranges => ranges.iter().any(|range| range.contains(&address)),
+        }
+    }
+
+    /// The guest's lines that tell of an access that was stopped, or of I/O that failed.
+    pub(crate) fn fault_lines(&self) -> Vec<&str> {
+        const SIGNS: [&str; 7] = [
+            "DMAR: [DMA",
+            "AMD-Vi: Event logged",
+            "IO_PAGE_FAULT",
+            "F_TRANSLATION",
+            "arm-smmu-v3 ",
+            "I/O error",
+            "page fault at",
+        ];
+        self.lines(&|line| SIGNS.iter().any(|sign| line.contains(sign)) && !line.contains("BUG"))
+    }
+
+    /// The guest's lines that a kernel prints when its own memory is not what it left there.
+    pub(crate) fn damage_lines(&self) -> Vec<&str> {
+        const SIGNS: [&str; 20] = [
+            "Corrupted page table",
+            "Bad pagetable",
+            ": bad pgd",
+            ": bad p4d",
+            ": bad pud",
+            ": bad pmd",
+            "general protection fault",
+            "BUG: unable to handle",
+            "BUG: Bad page",
+            "BUG: Bad rss",
+            "kernel BUG at",
+            "stack-protector",
+            "stack guard",
+            "invalid opcode",
+            "list_add corruption",
+            "list_del corruption",
+            "corrupt",
+            "Oops",
+            "traps: ",
+            "segfault at",
+        ];
+        self.lines(&|line| SIGNS.iter().any(|sign| line.contains(sign)))
+    }
+
+    /// Complaints of QEMU itself.
+    pub(crate) fn qemu_lines(&self) -> Vec<&str> {
+        let lines = self.outcome.qemu.lines().map(str::trim);
+        lines.filter(|line| !line.is_empty() && !line.contains("TCG doesn't support")).collect()
+    }
+
+    fn lines(&self, wanted: &dyn Fn(&str) -> bool) -> Vec<&str> {
+        const LINES: usize = 8;
+        self.outcome.console.lines().map(str::trim).filter(|line| wanted(line)).take(LINES).collect()
+    }
+}
+
+impl Counts {
+    /// The counts in a line with `misses=N`.
+    pub(crate) fn parse(line: &str) -> Option<Self> {
+        let value = |name: &str| {
+            let (_, rest) = line.split_once(&format!("{name}="))?;
+            rest.split(|char: char| !char.is_ascii_digit()).next()?.parse::<u64>().ok()
+        };
+        Some(Self {
+            misses: value("misses")?,
+            updates: value("updates")?,
+            invalidations: value("invalidations")?,
+            faults: value("faults")?,
+        })
+    }
+}
+
+/// QEMU's names of the flag.
+const FLAG_NAMES: [&str; 2] = ["VIRTIO_F_IOMMU_PLATFORM", "VIRTIO_F_ACCESS_PLATFORM"];
+
+/// The flag's bit, from the crate that owns it: the one bit that an offering device adds.
+fn flag_bit() -> u32 {
+    IommuMode::Offer.offers(0).trailing_zeros()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_are_read_from_the_log() {
+        let line = "2026 INFO connection ended: it left misses=12 updates=10 invalidations=3 faults=0";
+        assert_eq!(Counts::parse(line), Some(Counts { misses: 12, updates: 10, invalidations: 3, faults: 0 }));
+        assert_eq!(Counts::parse("listening"), None);
+    }
+}
