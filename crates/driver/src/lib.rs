@@ -63,3 +63,8 @@ pub use ringfence_policy as policy;
 pub use start::{Host, Running, StartError, Started, Wants, start};
 pub use transport::Transport;
 pub use virtio_spec::DeviceStatus;
+
+/// The guide's code compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/driver.md")]
+struct Guide;
