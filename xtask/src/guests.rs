@@ -44,6 +44,11 @@ impl GuestArgs {
         Self { only, binary: None, qemu: "auto".to_owned(), jobs: 2, timeout: 180, no_skip: true }
     }
 
+    /// Whether guests that have to be skipped count as failed.
+    pub(crate) fn no_skip(&self) -> bool {
+        self.no_skip
+    }
+
     /// Whether the server has to be built before.
     pub(crate) fn needs_our_server(&self) -> bool {
         self.binary.is_none()

@@ -8,12 +8,15 @@
 mod arrows;
 mod bit33;
 mod browser;
+mod confined;
 mod guests;
 mod instructions;
 mod no_std;
 mod old_driver;
+mod patience;
 mod report;
 mod steps;
+mod vfio;
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -62,6 +65,11 @@ enum Task {
     NoStd,
     /// A kernel with a real old driver, built into target/release/ringfence-old-driver and booted once.
     OldDriver,
+    /// A kernel of ours whose devices are behind a virtio-iommu, built into target/release/ringfence-confined and booted
+    /// with devices of each kind.
+    Confined,
+    /// A user-space driver of ours in a Linux guest, with devices by way of VFIO.
+    Vfio,
     /// The matrix as a page, read in a headless Chromium.
     Report {
         /// Only take a picture of the page with the stored real run, as in docs/report.png.
@@ -129,6 +137,14 @@ fn perform(task: Task) -> Result<bool, String> {
             steps.step("the old driver", |log| old_driver::build(workspace, log))?;
             boots(workspace, steps, &GuestArgs::old_driver())
         }),
+        Task::Confined => run(workspace, false, |steps| {
+            steps.step("kernels of ours", |log| old_driver::build(workspace, log))?;
+            steps.step("confined devices", |log| confined::boot(workspace, true, log))
+        }),
+        Task::Vfio => run(workspace, false, |steps| {
+            steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
+            steps.step("devices by way of VFIO", |log| vfio::boot(workspace, true, log))
+        }),
         Task::Report { picture: None } => {
             run(workspace, false, |steps| steps.step("the report in a browser", |log| report::run(workspace, log)))
         }
@@ -157,7 +173,7 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     steps.step("crates use what they may", |_| arrows::run(workspace))?;
     steps.cargo("lints", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
     steps.step("no_std builds", |log| no_std::run(workspace, log))?;
-    steps.step("the old driver", |log| old_driver::build(workspace, log))?;
+    steps.step("kernels of ours", |log| old_driver::build(workspace, log))?;
     steps.cargo("documentation", &["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", DENY)])?;
     steps.cargo("tests", &["test", "--workspace"], &[])?;
     let loom = workspace.target.join("loom").display().to_string();
@@ -170,6 +186,9 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     steps.cargo("demo", &["run", "--release", "-p", "ringfence", "--", "demo"], &[])?;
     steps.cargo("matrix", &["run", "--release", "-p", "ringfence", "--", "matrix"], &[])?;
     steps.step("instructions a request", |log| instructions::run(workspace, log))?;
+    steps.step("confined devices", |log| confined::boot(workspace, guests.no_skip(), log))?;
+    steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
+    steps.step("devices by way of VFIO", |log| vfio::boot(workspace, guests.no_skip(), log))?;
     steps.step("the report in a browser", |log| report::run(workspace, log))?;
     boots(workspace, steps, guests)
 }

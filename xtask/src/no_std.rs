@@ -11,7 +11,7 @@ use std::path::Path;
 use crate::Workspace;
 use crate::steps::{Log, Pass, StepResult, cargo};
 
-const CRATES: &[&str] = &["policy", "dma", "ring", "iommu", "driver"];
+const CRATES: &[&str] = &["policy", "dma", "ring", "iommu", "driver", "hal"];
 
 /// A crate that uses std, to show at each run that the proof would notice.
 const CONTROL: &str = "control";

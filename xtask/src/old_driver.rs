@@ -1,14 +1,21 @@
 //! The old driver: a kernel by itself, built apart from the workspace. The real matrix boots it.
 
 use std::fs;
+use std::path::PathBuf;
 
 use crate::Workspace;
+use crate::confined;
 use crate::steps::{Log, Pass, StepResult, cargo};
 
 /// The program, and its file beside `ringfence` itself.
 const NAME: &str = "ringfence-old-driver";
 
-/// Checks and builds it.
+/// Where a finished program without an operating system lies.
+pub(crate) fn program(workspace: &Workspace, name: &str) -> PathBuf {
+    workspace.target.join("release").join(name)
+}
+
+/// Checks and builds all of them.
 pub(crate) fn build(workspace: &Workspace, log: &mut Log) -> StepResult {
     if !cfg!(all(target_arch = "x86_64", target_os = "linux")) {
         return Ok(Pass::Skipped("it is built with the host's own tools, and those are not x86-64's".to_owned()));
@@ -24,9 +31,11 @@ pub(crate) fn build(workspace: &Workspace, log: &mut Log) -> StepResult {
     run(&["fmt", "--", "--check"])?;
     run(&["clippy", "--release", "--locked", "--", "-D", "warnings"])?;
     run(&["build", "--release", "--locked"])?;
-    let (from, to) = (target.join("release").join(NAME), workspace.target.join("release").join(NAME));
-    let at = |error| format!("{}: {error}", to.display());
-    fs::create_dir_all(to.parent().expect("a program is in a folder")).map_err(at)?;
-    fs::copy(&from, &to).map_err(at)?;
-    Ok(Pass::Whole(to.display().to_string()))
+    for name in [NAME, confined::NAME] {
+        let to = program(workspace, name);
+        let at = |error| format!("{}: {error}", to.display());
+        fs::create_dir_all(to.parent().expect("a program is in a folder")).map_err(at)?;
+        fs::copy(target.join("release").join(name), &to).map_err(at)?;
+    }
+    Ok(Pass::Whole(program(workspace, NAME).display().to_string()))
 }

@@ -15,17 +15,23 @@ extern crate alloc;
 
 mod access;
 mod address;
+mod granules;
+mod lock;
 mod mapper;
 mod memory;
 mod ram;
+mod registers;
 mod slice;
 
 pub use access::{Access, Fault, FaultReason, Miss, Permission, Stop, Ticket};
 pub use address::{BusAddr, FrontendVa, Gpa};
+pub use granules::Granules;
+pub use lock::{Lock, Locked};
 pub use mapper::{
     Both, Buffer, Coherent, DeviceReads, DeviceWrites, Direction, DmaError, FromDevice, Handover, Mapped, Mapper, Pool,
     Streaming, ToDevice,
 };
 pub use memory::{Memory, Physical, Visit, copy_from_bus, copy_to_bus};
 pub use ram::Ram;
+pub use registers::RegisterWindow;
 pub use slice::{DetachedSlice, HostSlice};

@@ -4,11 +4,9 @@
 //! lends a buffer for the time of a request, [`Coherent`] is memory that both sides use all the time, for rings. Both
 //! take the memory back when they are dropped.
 
-use crate::{BusAddr, Gpa, HostSlice, Permission};
-use alloc::boxed::Box;
+use crate::{BusAddr, Gpa, Granules, HostSlice, Permission};
 use core::fmt;
 use core::marker::PhantomData;
-use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// A platform's way to lend memory to one device.
 ///
@@ -394,12 +392,7 @@ fn take(mapped: &Mapped) -> Mapped {
 pub struct Pool<'m> {
     buffer: Buffer<'m>,
     granule: usize,
-    /// A bit for each granule: set while it is taken.
-    taken: Box<[AtomicU64]>,
-    granules: usize,
-    free: AtomicUsize,
-    /// Where the next search starts.
-    hint: AtomicUsize,
+    granules: Granules,
 }
 
 impl<'m> Pool<'m> {
@@ -409,9 +402,7 @@ impl<'m> Pool<'m> {
     pub fn new(buffer: Buffer<'m>, granule: usize) -> Self {
         assert!(granule.is_power_of_two(), "a granule of {granule} bytes");
         assert!(buffer.physical.0.is_multiple_of(granule as u64), "a pool of {granule} at {}", buffer.physical);
-        let granules = buffer.len() / granule;
-        let taken = (0..granules.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Self { buffer, granule, taken, granules, free: AtomicUsize::new(granules), hint: AtomicUsize::new(0) }
+        Self { buffer, granule, granules: Granules::new(buffer.len() / granule) }
     }
 
     /// All of the memory.
@@ -421,7 +412,7 @@ impl<'m> Pool<'m> {
 
     /// Bytes left, perhaps scattered.
     pub fn free(&self) -> usize {
-        self.free.load(Ordering::Relaxed) * self.granule
+        self.granules.free() * self.granule
     }
 
     /// A piece of `len` bytes, starting on a granule: its offset in the pool. `len` is not 0.
@@ -429,61 +420,15 @@ impl<'m> Pool<'m> {
     /// # Errors
     /// [`DmaError::PoolFull`] where no run of that length is free.
     pub fn take(&self, len: usize) -> Result<usize, DmaError> {
-        let wanted = len.div_ceil(self.granule);
-        let full = || DmaError::PoolFull { wanted: len, free: self.free() };
-        if wanted > self.granules {
-            return Err(full());
-        }
-        let hint = self.hint.load(Ordering::Relaxed);
-        let hint = if hint + wanted <= self.granules { hint } else { 0 };
-        // From the hint to the end, then all of it: a run may begin before the hint and end behind it.
-        let first = self.run(hint, wanted).or_else(|| if hint == 0 { None } else { self.run(0, wanted) });
-        let first = first.ok_or_else(full)?;
-        self.free.fetch_sub(wanted, Ordering::Relaxed);
-        self.hint.store(first + wanted, Ordering::Relaxed);
+        let first = self.granules.take(len.div_ceil(self.granule));
+        let first = first.ok_or_else(|| DmaError::PoolFull { wanted: len, free: self.free() })?;
         Ok(first * self.granule)
     }
 
     /// Gives back what [`take`](Self::take) handed out for `len` at `offset`. Anything else panics.
     pub fn give_back(&self, offset: usize, len: usize) {
-        let first = offset / self.granule;
-        let count = len.div_ceil(self.granule);
-        assert!(offset.is_multiple_of(self.granule) && first + count <= self.granules, "{len} bytes at {offset}");
-        for granule in first..first + count {
-            assert!(self.release(granule), "granule {granule} was not taken");
-        }
-        self.free.fetch_add(count, Ordering::Relaxed);
-    }
-
-    /// Claims `wanted` granules in a row, the first that are free from `from` on. Looks at each granule once.
-    fn run(&self, from: usize, wanted: usize) -> Option<usize> {
-        let mut first = from;
-        let mut next = from;
-        while first + wanted <= self.granules {
-            if next == first + wanted {
-                return Some(first);
-            }
-            if !self.claim(next) {
-                (first..next).for_each(|granule| {
-                    self.release(granule);
-                });
-                first = next + 1;
-            }
-            next += 1;
-        }
-        None
-    }
-
-    /// Acquire, so that what the one who gave it back did with the memory comes before what we do.
-    fn claim(&self, granule: usize) -> bool {
-        let bit = 1 << (granule % 64);
-        self.taken[granule / 64].fetch_or(bit, Ordering::Acquire) & bit == 0
-    }
-
-    /// Release, for `claim`. Says whether it was claimed.
-    fn release(&self, granule: usize) -> bool {
-        let bit = 1 << (granule % 64);
-        self.taken[granule / 64].fetch_and(!bit, Ordering::Release) & bit != 0
+        assert!(offset.is_multiple_of(self.granule), "{len} bytes at {offset}");
+        self.granules.give_back(offset / self.granule, len.div_ceil(self.granule));
     }
 }
 

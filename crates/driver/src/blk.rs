@@ -242,6 +242,17 @@ impl<E: fmt::Display> fmt::Display for BlkError<E> {
 
 impl<E: core::error::Error> core::error::Error for BlkError<E> {}
 
+impl<E> BlkError<E> {
+    /// Whether it may work once a request that is under way has come to its end.
+    pub fn is_temporary(&self) -> bool {
+        match self {
+            BlkError::Busy => true,
+            BlkError::Dma(error) => error.is_transient(),
+            _ => false,
+        }
+    }
+}
+
 impl QueueError {
     /// The same as an error of a way to a device.
     fn widen<E>(self) -> BlkError<E> {
@@ -461,6 +472,18 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     pub fn wait(&mut self) -> Result<(), BlkError<T::Error>> {
         self.usable()?;
         if self.finished.is_empty() { self.rest() } else { Ok(()) }
+    }
+
+    /// Asks the device to tell of the next request that comes to its end, for who sleeps until an interrupt. `true`: one
+    /// has already, so [`poll`](Self::poll) instead of sleeping. What was asked for lasts until [`wait`](Self::wait) or
+    /// a request that is waited for.
+    ///
+    /// # Errors
+    /// [`BlkError::Broken`].
+    pub fn listen(&mut self) -> Result<bool, BlkError<T::Error>> {
+        self.usable()?;
+        let listening = self.queues[0].listen().map_err(BlkError::widen)?;
+        Ok(listening || !self.finished.is_empty())
     }
 
     /// Asks for a notification and waits, unless the device has used something already.

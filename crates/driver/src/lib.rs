@@ -1,7 +1,7 @@
 //! Virtio drivers for kernels, unikernels, firmware and user space, on a DMA API that is per device and fallible.
 //!
-//! Knows how a driver brings a device up (§3.1.1) and what it then asks of it. Knows no registers ([`Transport`] is how a
-//! device is reached) and no IOMMU: [`policy`] decides whether addresses are translated, and a
+//! Knows how a driver brings a device up (§3.1.1) and what it then asks of it. [`Transport`] is how a device is
+//! reached: [`pci`] and [`mmio`] over a kernel's [`Registers`], [`embedded`] without any. Knows no IOMMU: [`policy`] decides whether addresses are translated, and a
 //! [`Mapper`](ringfence_dma::Mapper) makes them.
 //!
 //! The device is a stranger. What it answers is checked and named when wrong, and never indexes anything; what it was
@@ -39,15 +39,32 @@
 
 extern crate alloc;
 
+mod config;
+mod lending;
 mod queue;
+mod registers;
 mod start;
 mod transport;
 
 pub mod blk;
+pub mod console;
 pub mod embedded;
 pub mod mapper;
+pub mod mmio;
+pub mod net;
+pub mod pci;
+pub mod rng;
+pub mod tasks;
+pub mod viommu;
 
+pub use lending::{LoanError, LoanId};
+pub use registers::{Registers, Spin, Wait, Waiting};
 pub use ringfence_policy as policy;
 pub use start::{Host, Running, StartError, Started, Wants, start};
 pub use transport::Transport;
 pub use virtio_spec::DeviceStatus;
+
+/// The guide's code compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/driver.md")]
+struct Guide;

@@ -55,7 +55,7 @@ pub(crate) struct Pieces<'a, M: Mapper + ?Sized> {
 }
 
 /// One of them.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Piece<'a> {
     pub(crate) memory: HostSlice<'a>,
     pub(crate) addr: BusAddr,

@@ -206,7 +206,7 @@ pub fn start<'a, T: Transport, M: Mapper + ?Sized, C>(
         step(&mut transport, S::DRIVER)?;
         // 4. Read the features, write the subset that the driver takes.
         let offered = transport.offered().map_err(StartError::Transport)?;
-        let supported = wants.features | RING_FEATURES;
+        let supported = wants.features | RING_FEATURES | transport.features();
         let taken = driver_takes(host.platform, host.policy, transport.identity(), offered, supported)?;
         if taken.features & bits(F::VERSION_1) == 0 {
             return Err(StartError::Legacy { offered });
@@ -246,7 +246,15 @@ pub fn start<'a, T: Transport, M: Mapper + ?Sized, C>(
 }
 
 /// What this crate's use of rings implements; see [`rules`].
-const RING_FEATURES: u64 = bits(F::VERSION_1) | bits(F::RING_PACKED) | bits(F::EVENT_IDX) | bits(F::INDIRECT_DESC);
+const RING_FEATURES: u64 =
+    bits(F::VERSION_1) | bits(F::RING_PACKED) | bits(F::EVENT_IDX) | bits(F::INDIRECT_DESC) | ORDER_PLATFORM;
+
+/// VIRTIO_F_ORDER_PLATFORM (§6): the device is not one of the processors, and is to be kept in order by what keeps
+/// hardware in order. x86 keeps its stores and loads in order for everybody alike, and the full fence that rings have
+/// where that is not enough is one for everybody too. Elsewhere the fences of processors are not enough: there the bit is
+/// left alone, and a device that depends on it may refuse.
+const ORDER_PLATFORM: u64 =
+    if cfg!(any(target_arch = "x86", target_arch = "x86_64")) { bits(F::ORDER_PLATFORM) } else { 0 };
 
 const fn bits(feature: F) -> u64 {
     feature.bits().to_ne() as u64

@@ -10,6 +10,11 @@ pub trait Transport {
     /// What can go wrong on the way.
     type Error: core::error::Error;
 
+    /// The feature bits of the transport itself that it implements (§6): they are taken where they are offered.
+    fn features(&self) -> u64 {
+        0
+    }
+
     /// Which device this is.
     fn identity(&self) -> Identity;
 
@@ -54,6 +59,9 @@ pub trait Transport {
 
     /// Reads `into.len()` bytes at `offset` of the configuration space. Bytes that the device does not have are zero.
     ///
+    /// A field of 1, 2, 4 or 8 bytes is read by itself, as §4.1.3.1 wants it: a transport makes of that an access of the
+    /// width, or two.
+    ///
     /// # Errors
     /// See [`status`](Self::status).
     fn read_config(&mut self, offset: u32, into: &mut [u8]) -> Result<(), Self::Error>;
@@ -88,6 +96,10 @@ pub trait Transport {
 /// So that a transport can be looked at after its driver is gone.
 impl<T: Transport> Transport for &mut T {
     type Error = T::Error;
+
+    fn features(&self) -> u64 {
+        (**self).features()
+    }
 
     fn identity(&self) -> Identity {
         (**self).identity()

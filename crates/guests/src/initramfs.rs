@@ -38,6 +38,25 @@ impl Initramfs {
         Ok(Self(archive.finish()))
     }
 
+    /// Packs a static program that is the guest's only one, and `modules` of `kernel` with all they need: `/init`, and
+    /// `/modules/NN-NAME.ko` in the order in which they load.
+    ///
+    /// # Errors
+    ///
+    /// An error where something can't be read, or the kernel lacks a module.
+    pub fn of_program(kernel: &Kernel, program: &Path, modules: &[&str]) -> Result<Self, Error> {
+        let program = fs::read(program).map_err(Error::file("cannot read", program))?;
+        let mut archive = Archive::default();
+        for folder in ["dev", "modules", "proc", "sys"] {
+            archive.folder(folder);
+        }
+        archive.file("init", 0o755, &program);
+        for (position, module) in modules::in_load_order(kernel, modules)?.iter().enumerate() {
+            archive.file(&format!("modules/{position:02}-{}.ko", module.name), 0o644, &module.object);
+        }
+        Ok(Self(archive.finish()))
+    }
+
     /// The archive's bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.0

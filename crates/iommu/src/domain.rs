@@ -1,5 +1,4 @@
-use crate::dma::{Access, BusAddr, Fault, FaultReason, Gpa, Permission};
-use crate::lock::{Lock, Locked};
+use crate::dma::{Access, BusAddr, Fault, FaultReason, Gpa, Lock, Locked, Permission};
 use alloc::boxed::Box;
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec::Vec;
@@ -541,12 +540,6 @@ mod tests {
             assert!(domain.unmap(addr, len).is_err(), "nor undo it a second time");
             self.seen.lock().push((addr, len));
             *self.domain.lock() = Some(domain);
-        }
-    }
-
-    impl<T: Default> Default for Lock<T> {
-        fn default() -> Self {
-            Lock::new(T::default())
         }
     }
 

@@ -18,7 +18,6 @@ extern crate alloc;
 use ringfence_dma as dma;
 
 mod domain;
-mod lock;
 mod strict;
 mod walk;
 

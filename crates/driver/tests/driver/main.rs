@@ -1,6 +1,13 @@
 //! Drivers against devices that are strict, and against devices that lie.
 
 mod blk;
+mod devices;
 mod hostile;
+mod mmio;
+mod model;
+mod pci;
+mod peer;
 mod start;
+mod tasks;
+mod viommu;
 mod world;

@@ -328,3 +328,19 @@ fn what_was_agreed_on_can_not_be_taken_back() {
     assert_eq!(transport.device().taken, Some(features));
     assert_eq!(transport.device().addressing, Some(Addressing::Translated));
 }
+
+/// A device that offers every bit there is gets back what is implemented, ORDER_PLATFORM where it is kept to.
+#[test]
+fn what_is_taken_is_what_is_implemented() {
+    let order = 1 << 36;
+    let known = DISK_FEATURES | READ_ONLY | PACKED | EVENT_IDX | INDIRECT | 1 << 1;
+    let world = World::new();
+    let mut transport = world.embedded(!0, IommuMode::Offer);
+    world.with_mapper(Mapping::Dynamic, |mapper| {
+        let disk = Blk::start(&mut transport, new_driver(mapper), Options::default()).unwrap();
+        let taken = disk.device().features();
+        let platform = IommuMode::Offer.offers(0);
+        let ordered = if cfg!(any(target_arch = "x86", target_arch = "x86_64")) { order } else { 0 };
+        assert_eq!(taken, known | platform | ordered, "{taken:#x}");
+    });
+}

@@ -150,7 +150,7 @@ struct Queue {
 }
 
 /// All of memory at its physical addresses.
-struct Flat(Arc<Ram>);
+pub(crate) struct Flat(pub(crate) Arc<Ram>);
 
 impl Memory for Flat {
     type Lease = ();
@@ -161,7 +161,7 @@ impl Memory for Flat {
     }
 }
 
-struct FlatVisit<'m>(&'m Ram);
+pub(crate) struct FlatVisit<'m>(&'m Ram);
 
 impl Visit for FlatVisit<'_> {
     type Lease = ();

@@ -3,8 +3,12 @@ use core::hint;
 use core::ops::{Deref, DerefMut};
 use core::sync::atomic::{AtomicBool, Ordering};
 
-/// A spin lock: without std there is nothing to sleep on, and what happens under it here is a walk of an ordered map.
-pub(crate) struct Lock<T> {
+/// A spin lock, for what is short: without std there is nothing to sleep on.
+///
+/// A kernel whose interrupt handlers come by it too keeps interrupts off meanwhile: a handler that spins for what it
+/// interrupted spins for ever.
+#[derive(Debug, Default)]
+pub struct Lock<T> {
     taken: AtomicBool,
     value: UnsafeCell<T>,
 }
@@ -13,11 +17,13 @@ pub(crate) struct Lock<T> {
 unsafe impl<T: Send> Sync for Lock<T> {}
 
 impl<T> Lock<T> {
-    pub(crate) fn new(value: T) -> Self {
+    /// Free, with this in it.
+    pub const fn new(value: T) -> Self {
         Self { taken: AtomicBool::new(false), value: UnsafeCell::new(value) }
     }
 
-    pub(crate) fn lock(&self) -> Locked<'_, T> {
+    /// Waits for its turn.
+    pub fn lock(&self) -> Locked<'_, T> {
         // Acquire, after the Release of whoever had it before: what it wrote comes before what we read.
         while self.taken.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
             hint::spin_loop();
@@ -26,7 +32,9 @@ impl<T> Lock<T> {
     }
 }
 
-pub(crate) struct Locked<'l, T> {
+/// A [`Lock`] that is held, until this is dropped.
+#[derive(Debug)]
+pub struct Locked<'l, T> {
     lock: &'l Lock<T>,
 }
 

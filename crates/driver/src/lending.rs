@@ -1,0 +1,316 @@
+//! What the drivers of simple devices have in common: a queue through which buffers are lent, a chain for each, and come
+//! back in whatever order the device likes.
+
+use crate::queue::{Piece, Pieces, Queue};
+use crate::{Host, Running, StartError, Transport, Wants, start};
+use alloc::vec::Vec;
+use core::{fmt, mem};
+use ringfence_dma::{Access, Buffer, BusAddr, DmaError, FromDevice, Mapper, Streaming, ToDevice};
+use ringfence_ring::{AddError, Descriptor, DeviceError};
+
+/// Names something that is lent. Never names anything else later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LoanId {
+    slot: u16,
+    generation: u64,
+}
+
+/// Why a device did not do as asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoanError<E> {
+    /// As much as possible is lent already: wait until something comes back.
+    Busy,
+    /// A buffer can't be lent to the device; see [`DmaError::is_transient`].
+    Dma(DmaError),
+    /// Too little room.
+    TooShort {
+        /// Bytes there are.
+        len: usize,
+        /// Bytes it takes.
+        needed: usize,
+    },
+    /// Too much at once: split it.
+    TooLong {
+        /// How much: pieces of memory, or bytes.
+        count: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// The device says that all went well and that it wrote less than that takes.
+    Short {
+        /// Bytes written, by its own account.
+        written: u32,
+        /// Bytes expected.
+        expected: u32,
+    },
+    /// The device broke the rules of rings; it is of no use any more.
+    Broken(DeviceError),
+    /// The way to the device failed.
+    Transport(E),
+}
+
+impl<E: fmt::Display> fmt::Display for LoanError<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            LoanError::Busy => f.write_str("as much as possible is lent to the device already"),
+            LoanError::Dma(error) => write!(f, "a buffer can't be lent to the device: {error}"),
+            LoanError::TooShort { len, needed } => write!(f, "{len} bytes are too few, it takes {needed}"),
+            LoanError::TooLong { count, max } => write!(f, "{count} is more than the {max} that may be lent at once"),
+            LoanError::Short { written, expected } => {
+                write!(f, "the device says that it wrote {written} bytes, and it takes {expected}")
+            }
+            LoanError::Broken(error) => write!(f, "the device broke the rules: {error}"),
+            LoanError::Transport(error) => write!(f, "the device can't be reached: {error}"),
+        }
+    }
+}
+
+impl<E: core::error::Error> core::error::Error for LoanError<E> {}
+
+/// A part of a chain's head.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    pub(crate) offset: u32,
+    pub(crate) len: u32,
+    pub(crate) access: Access,
+}
+
+/// Something that came back.
+#[derive(Debug)]
+pub(crate) struct Back<'a> {
+    pub(crate) id: LoanId,
+    /// The first of its buffers, if it had any.
+    pub(crate) buffer: Option<Buffer<'a>>,
+    /// How many bytes the device says that it wrote, head included: no more than there was room for.
+    pub(crate) written: u32,
+    /// The head, which is the driver's until this slot is lent again.
+    pub(crate) head: Piece<'a>,
+}
+
+/// A queue and what is lent through it.
+///
+/// Each chain may have a head: a bit of coherent memory, for a header or for a whole request.
+#[derive(Debug)]
+pub(crate) struct Lending<'a, M: Mapper + ?Sized> {
+    number: u16,
+    mapper: &'a M,
+    queue: Queue<'a, M>,
+    heads: Pieces<'a, M>,
+    slots: Vec<Slot<'a, M>>,
+    /// Slots that have nothing lent.
+    free: Vec<u16>,
+    /// By the ring's token: whose slot it is.
+    by_token: Vec<u16>,
+    /// How many pieces of memory one chain may have, its head aside.
+    segments: u16,
+    /// For putting a chain together.
+    chain: Vec<Descriptor>,
+}
+
+#[derive(Debug)]
+struct Slot<'a, M: Mapper + ?Sized> {
+    /// Counts the loans that had the slot.
+    generation: u64,
+    lent: Vec<Lent<'a, M>>,
+    first: Option<Buffer<'a>>,
+}
+
+/// What is only held, to be dropped when it comes back.
+#[derive(Debug)]
+enum Lent<'a, M: Mapper + ?Sized> {
+    ToDevice(Streaming<'a, M, ToDevice>),
+    FromDevice(Streaming<'a, M, FromDevice>),
+}
+
+/// A device that runs, and what is lent to it.
+#[derive(Debug)]
+pub(crate) struct Lender<'a, T: Transport, M: Mapper + ?Sized> {
+    pub(crate) device: Running<'a, T, M>,
+    pub(crate) queues: Vec<Lending<'a, M>>,
+}
+
+impl<'a, T: Transport, M: Mapper + ?Sized> Lender<'a, T, M> {
+    /// Brings a device up; see [`start`](crate::start()). Each chain of queue `number` has as many bytes of its own as
+    /// `heads` says for it, and up to `segments` pieces of other memory.
+    pub(crate) fn start<C, const N: usize>(
+        transport: T,
+        host: Host<'a, M>,
+        wants: Wants,
+        heads: impl FnOnce(&C) -> [usize; N],
+        segments: u16,
+        configure: impl FnOnce(&mut T, u64) -> Result<C, StartError<T::Error>>,
+    ) -> Result<(Self, C), StartError<T::Error>> {
+        let (device, config) = start(transport, host, wants, configure)?;
+        // From here on the device is reset before anything that it was told of goes.
+        let mut lender = Self { device, queues: Vec::with_capacity(N) };
+        for (number, head) in (0..).zip(heads(&config)) {
+            let (mapper, queue) = (lender.device.mapper, &lender.device.queues[0]);
+            let memory = Pieces::allocate(mapper, queue.ring.size(), head.max(1))?;
+            let queue = lender.device.queues.remove(0);
+            lender.queues.push(Lending::new(number, mapper, queue, memory, segments));
+        }
+        Ok((lender, config))
+    }
+
+    /// Tells the device of what was lent through all queues, if it wants to be told.
+    pub(crate) fn notify(&mut self) -> Result<(), LoanError<T::Error>> {
+        for lending in &mut self.queues {
+            lending.usable()?;
+            if lending.queue.ring.needs_kick() {
+                self.device.transport.notify(lending.number).map_err(LoanError::Transport)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until something may have come back through queue `number`.
+    pub(crate) fn wait(&mut self, number: usize) -> Result<(), LoanError<T::Error>> {
+        let lending = &mut self.queues[number];
+        let waited = match lending.listen()? {
+            true => Ok(()),
+            false => self.device.transport.wait(lending.number),
+        };
+        lending.queue.ring.disable_callbacks();
+        waited.map_err(LoanError::Transport)
+    }
+}
+
+impl<T: Transport, M: Mapper + ?Sized> Drop for Lender<'_, T, M> {
+    fn drop(&mut self) {
+        if self.device.stop().is_lost() {
+            // The device may still touch what it was lent: nobody else may ever get that memory.
+            mem::forget(mem::take(&mut self.queues));
+        }
+    }
+}
+
+impl<'a, M: Mapper + ?Sized> Lending<'a, M> {
+    fn new(number: u16, mapper: &'a M, queue: Queue<'a, M>, heads: Pieces<'a, M>, segments: u16) -> Self {
+        let size = queue.ring.size();
+        let segments = segments.min(size);
+        let slot = |_| Slot { generation: 0, lent: Vec::with_capacity(segments.into()), first: None };
+        Self {
+            number,
+            mapper,
+            queue,
+            heads,
+            slots: (0..size).map(slot).collect(),
+            free: (0..size).rev().collect(),
+            by_token: alloc::vec![0; size.into()],
+            segments,
+            chain: Vec::with_capacity(usize::from(segments) + 2),
+        }
+    }
+
+    /// The head of the next chain that is lent, if one can be.
+    pub(crate) fn next_head(&self) -> Option<Piece<'a>> {
+        self.free.last().map(|&slot| self.heads.get(slot))
+    }
+
+    /// Lends a chain: of its head, these parts; then the buffers.
+    pub(crate) fn lend<E>(
+        &mut self,
+        head: &[Part],
+        buffers: &[Buffer<'a>],
+        access: Access,
+    ) -> Result<LoanId, LoanError<E>> {
+        self.usable()?;
+        let slot = *self.free.last().ok_or(LoanError::Busy)?;
+        if let Err(error) = self.map(slot, buffers, access) {
+            self.slots[usize::from(slot)].lent.clear();
+            return Err(error);
+        }
+        let Self { queue, heads, slots, by_token, chain, .. } = self;
+        let Slot { generation, lent, first } = &mut slots[usize::from(slot)];
+        let start = heads.get(slot).addr;
+        chain.clear();
+        chain.extend(head.iter().map(|part| Descriptor {
+            addr: BusAddr(start.0 + u64::from(part.offset)),
+            len: part.len,
+            access: part.access,
+        }));
+        chain.extend(lent.iter().map(Lent::descriptor));
+        match queue.ring.add(chain, None) {
+            Ok(token) => {
+                by_token[token.index()] = slot;
+                self.free.pop();
+                *first = buffers.first().copied();
+                Ok(LoanId { slot, generation: *generation })
+            }
+            Err(error) => {
+                lent.clear();
+                Err(match error {
+                    AddError::Full { .. } => LoanError::Busy,
+                    AddError::Poisoned(error) => LoanError::Broken(error),
+                    AddError::TooManyBuffers { buffers, limit } => {
+                        LoanError::TooLong { count: buffers, max: limit.into() }
+                    }
+                    AddError::TooManyBytes => LoanError::TooLong { count: usize::MAX, max: u32::MAX as usize },
+                    AddError::NoBytes => LoanError::TooShort { len: 0, needed: 1 },
+                    error => unreachable!("a chain with bytes, in order: {error}"),
+                })
+            }
+        }
+    }
+
+    fn map<E>(&mut self, slot: u16, buffers: &[Buffer<'a>], access: Access) -> Result<(), LoanError<E>> {
+        let longest = self.mapper.max_len().min(u32::MAX as usize).max(1);
+        let max = usize::from(self.segments);
+        let count = buffers.iter().map(|buffer| buffer.len().div_ceil(longest)).sum();
+        if count > max {
+            return Err(LoanError::TooLong { count, max });
+        }
+        let lent = &mut self.slots[usize::from(slot)].lent;
+        for buffer in buffers {
+            let mut offset = 0;
+            while offset < buffer.len() {
+                let piece = buffer.sub(offset, longest.min(buffer.len() - offset));
+                lent.push(match access {
+                    Access::Write => Lent::FromDevice(Streaming::map(self.mapper, piece, FromDevice)?),
+                    Access::Read => Lent::ToDevice(Streaming::map(self.mapper, piece, ToDevice)?),
+                });
+                offset += piece.len();
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes back the next that the device is done with.
+    pub(crate) fn take<E>(&mut self) -> Result<Option<Back<'a>>, LoanError<E>> {
+        let used = self.queue.ring.take_used().map_err(LoanError::Broken)?;
+        let Some(used) = used else { return Ok(None) };
+        let number = self.by_token[used.token.index()];
+        let slot = &mut self.slots[usize::from(number)];
+        slot.lent.clear();
+        let id = LoanId { slot: number, generation: slot.generation };
+        slot.generation += 1;
+        self.free.push(number);
+        Ok(Some(Back { id, buffer: slot.first.take(), written: used.written, head: self.heads.get(number) }))
+    }
+
+    /// Asks the device to tell of what comes back next. `true`: something has.
+    pub(crate) fn listen<E>(&mut self) -> Result<bool, LoanError<E>> {
+        self.queue.ring.enable_callbacks().map_err(LoanError::Broken)
+    }
+
+    pub(crate) fn usable<E>(&self) -> Result<(), LoanError<E>> {
+        self.queue.ring.poison().map_or(Ok(()), |error| Err(LoanError::Broken(error)))
+    }
+}
+
+impl<M: Mapper + ?Sized> Lent<'_, M> {
+    fn descriptor(&self) -> Descriptor {
+        let (addr, len, access) = match self {
+            Lent::ToDevice(mapping) => (mapping.addr(), mapping.len(), Access::Read),
+            Lent::FromDevice(mapping) => (mapping.addr(), mapping.len(), Access::Write),
+        };
+        // See `map`.
+        Descriptor { addr, len: len as u32, access }
+    }
+}
+
+impl<E> From<DmaError> for LoanError<E> {
+    fn from(error: DmaError) -> Self {
+        LoanError::Dma(error)
+    }
+}

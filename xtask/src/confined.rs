@@ -1,0 +1,176 @@
+//! A kernel of ours whose devices are QEMU's own: behind a virtio-iommu and not, with the flag and without, with packed
+//! rings, and legacy ones.
+
+use std::fs::{self, File};
+use std::time::Instant;
+
+use ringfence_guests::{Arch, Cache, Error, Guest, Image, ImageState, Qemu, QemuSource};
+use ringfence_policy::IommuMode;
+
+use crate::Workspace;
+use crate::old_driver::program;
+use crate::patience::wait;
+use crate::steps::{Log, Pass, StepResult, say};
+
+/// The program, and its file beside `ringfence` itself.
+pub(crate) const NAME: &str = "ringfence-confined";
+
+/// What it may weigh.
+const MOST: u64 = 200 << 10;
+
+/// One boot.
+struct Cell {
+    name: &'static str,
+    iommu: bool,
+    /// Options of each device.
+    devices: &'static str,
+    command_line: &'static str,
+    /// What the kernel says in the end, and words of its reason if that is not `done`.
+    end: &'static str,
+    reason: &'static str,
+    /// Whether the disk's driver took the flag.
+    flag: bool,
+}
+
+const CELLS: &[Cell] = &[
+    Cell { name: "confined", iommu: true, devices: "disable-legacy=on,iommu_platform=on", flag: true, ..PLAIN },
+    Cell {
+        name: "confined, packed",
+        iommu: true,
+        devices: "disable-legacy=on,iommu_platform=on,packed=on",
+        flag: true,
+        ..PLAIN
+    },
+    Cell { name: "unflagged", iommu: true, end: "refused", reason: "may go past the IOMMU", ..PLAIN },
+    Cell { name: "unflagged, allowed", iommu: true, command_line: "allow", ..PLAIN },
+    PLAIN,
+    Cell { name: "plain, packed", devices: "disable-legacy=on,iommu_platform=on,packed=on", flag: true, ..PLAIN },
+    Cell { name: "transitional", devices: "disable-legacy=off", ..PLAIN },
+    Cell { name: "legacy", devices: "disable-modern=on", end: "failed", reason: "legacy interface alone", ..PLAIN },
+];
+
+/// A modern device without an IOMMU.
+const PLAIN: Cell = Cell {
+    name: "plain",
+    iommu: false,
+    devices: "disable-legacy=on,iommu_platform=off",
+    command_line: "",
+    end: "done",
+    reason: "",
+    flag: false,
+};
+
+/// Boots it with each kind of device.
+pub(crate) fn boot(workspace: &Workspace, no_skip: bool, log: &mut Log) -> StepResult {
+    let progress = |line: &str| say(&format!("    {line}"));
+    let kernel = program(workspace, NAME);
+    let Ok(file) = fs::metadata(&kernel) else {
+        return Ok(Pass::Skipped(format!("there is no {}", kernel.display())));
+    };
+    if file.len() > MOST {
+        return Err(format!("{} has {} bytes, more than {MOST}", kernel.display(), file.len()));
+    }
+    let cache = Cache::open(&workspace.target.join("guests"), &progress).map_err(|error| error.to_string())?;
+    let qemu = match Qemu::find(&cache, QemuSource::Auto, &[Arch::Amd64]) {
+        Ok(qemu) => qemu,
+        Err(error) if error.is_missing_tool() && !no_skip => return Ok(Pass::Skipped(error.to_string())),
+        Err(error) => return Err(error.to_string()),
+    };
+    let started = Instant::now();
+    for cell in CELLS {
+        cell.boot(&qemu, workspace, log).map_err(|reason| format!("{}: {reason}", cell.name))?;
+    }
+    let (kib, seconds) = (file.len() >> 10, started.elapsed().as_secs_f64());
+    Ok(Pass::Whole(format!("{} boots of {kib} KiB, {seconds:.1} s", CELLS.len())))
+}
+
+impl Cell {
+    fn boot(&self, qemu: &Qemu, workspace: &Workspace, log: &mut Log) -> Result<(), String> {
+        let text = |error: Error| error.to_string();
+        let folder = tempfile::tempdir().map_err(|error| format!("cannot create a folder: {error}"))?;
+        let image = Image::create(&folder.path().join("disk"), 11).map_err(text)?;
+        let console = folder.path().join("console");
+        let file = File::create(&console).map_err(|error| format!("{}: {error}", console.display()))?;
+        let mut command = qemu.command(Arch::Amd64);
+        command
+            .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-accel", "tcg"])
+            .args(["-machine", "q35", "-m", "64M"]);
+        if self.iommu {
+            command.args(["-device", "virtio-iommu-pci"]);
+        }
+        let Self { devices, command_line, .. } = self;
+        command
+            .args(["-blockdev", &format!("driver=file,node-name=disk,filename={}", image.path().display())])
+            .args(["-device", &format!("virtio-blk-pci,drive=disk,{devices}")])
+            .args(["-device", &format!("virtio-rng-pci,{devices}")])
+            .args(["-netdev", "user,id=net,restrict=on"])
+            .args(["-device", &format!("virtio-net-pci,netdev=net,{devices}")])
+            .args(["-append", command_line])
+            .arg("-kernel")
+            .arg(program(workspace, NAME))
+            .stderr(file.try_clone().map_err(|error| error.to_string())?)
+            .stdout(file);
+        let ended = wait(&mut command)?;
+        let console = fs::read(&console).map_err(|error| error.to_string())?;
+        let console = String::from_utf8_lossy(&console);
+        log.line(format_args!("{}\n{console}", self.name));
+        self.judge(&console, &image).map_err(|reason| format!("{reason}; QEMU {ended}"))
+    }
+
+    fn judge(&self, console: &str, image: &Image) -> Result<(), String> {
+        let guest = Guest::parse(console);
+        let hold = |what: &str, found: Option<&str>, wanted: &str| match found == Some(wanted) {
+            true => Ok(()),
+            false => Err(format!("{what} is {}, not {wanted}", found.unwrap_or("not told"))),
+        };
+        let says = |words: &str| match console.contains(words) {
+            true => Ok(()),
+            false => Err(format!("the kernel does not say \"{words}\"")),
+        };
+        hold("end", guest.end.as_deref(), self.end)?;
+        if self.end != "done" {
+            says(self.reason)?;
+            return match image.state().map_err(|error| error.to_string())? {
+                ImageState::Untouched => Ok(()),
+                state => Err(format!("the image was written to: {state:?}")),
+            };
+        }
+        hold("SHA-256 of what it read", guest.read.as_deref(), image.initial())?;
+        hold("SHA-256 of what it read back", guest.written.as_deref(), image.expected())?;
+        hold("device status", guest.status.as_deref(), "0x0000000f")?;
+        says("RINGFENCE random=64 bytes, which differ")?;
+        says("RINGFENCE router=[52, 55, 0a, 00, 02, 02]")?;
+        let flag = IommuMode::Offer.offers(0).trailing_zeros();
+        if guest.features.is_none_or(|features| features.has(flag) != self.flag) {
+            return Err(format!("bit {flag} was not {}", if self.flag { "taken" } else { "left alone" }));
+        }
+        if self.iommu && self.flag {
+            says("RINGFENCE forbidden=nothing came through")?;
+            says("RINGFENCE fault=Fault { reason: Mapping, endpoint: 10, ")?;
+            let (bus, physical) = addresses(console).ok_or("the kernel told of no addresses")?;
+            if bus == physical {
+                return Err(format!("bus and physical address are both {bus}"));
+            }
+        }
+        match image.state().map_err(|error| error.to_string())? {
+            ImageState::Written => Ok(()),
+            state => Err(format!("the image on the host is not what it wrote: {state:?}")),
+        }
+    }
+}
+
+/// The data's bus address and its physical one.
+fn addresses(console: &str) -> Option<(&str, &str)> {
+    console.lines().find_map(|line| line.strip_prefix("RINGFENCE bus=")?.trim().split_once(" physical="))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::addresses;
+
+    #[test]
+    fn addresses_are_read_from_the_console() {
+        assert_eq!(addresses("a\r\nRINGFENCE bus=0x1 physical=0x2\r\n"), Some(("0x1", "0x2")));
+        assert_eq!(addresses("RINGFENCE bus=0x1"), None);
+    }
+}
