@@ -49,9 +49,8 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
 #[derive(Debug)]
 pub(crate) struct Pieces<'a, M: Mapper + ?Sized> {
     /// Chunk by chunk, so that a pool in crumbs will do.
-    chunks: Vec<Coherent<'a, M>>,
-    len: usize,
-    per_chunk: usize,
+    _chunks: Vec<Coherent<'a, M>>,
+    pieces: Vec<Piece<'a>>,
 }
 
 /// One of them.
@@ -69,12 +68,17 @@ impl<'a, M: Mapper + ?Sized> Pieces<'a, M> {
         let len = len.next_multiple_of(LINE);
         let per_chunk = (Self::CHUNK / len).max(1);
         let chunks = (0..usize::from(count).div_ceil(per_chunk)).map(|_| Coherent::allocate(mapper, per_chunk * len));
-        Ok(Self { chunks: chunks.collect::<Result<_, _>>()?, len, per_chunk })
+        let chunks = chunks.collect::<Result<Vec<_>, _>>()?;
+        let piece = |number: usize| {
+            let (chunk, offset) = (&chunks[number / per_chunk], number % per_chunk * len);
+            Piece { memory: chunk.memory().sub(offset, len), addr: BusAddr(chunk.addr().0 + offset as u64) }
+        };
+        let pieces = (0..usize::from(count)).map(piece).collect();
+        Ok(Self { _chunks: chunks, pieces })
     }
 
+    #[inline]
     pub(crate) fn get(&self, number: u16) -> Piece<'a> {
-        let chunk = &self.chunks[usize::from(number) / self.per_chunk];
-        let offset = usize::from(number) % self.per_chunk * self.len;
-        Piece { memory: chunk.memory().sub(offset, self.len), addr: BusAddr(chunk.addr().0 + offset as u64) }
+        self.pieces[usize::from(number)]
     }
 }

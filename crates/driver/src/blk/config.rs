@@ -1,7 +1,7 @@
 //! The configuration space of a disk (§5.2.4), read and believed as far as it can be.
 
 use super::{Geometry, SECTOR, bits};
-use crate::{StartError, Transport};
+use crate::{StartError, Transport, config};
 use virtio_spec::blk::F;
 
 /// How much one request may have.
@@ -24,18 +24,18 @@ pub(super) fn read_config<T: Transport>(
 ) -> Result<(Geometry, Limits), StartError<T::Error>> {
     let config = Config::read(transport)?;
     let taken = |feature| features & bits(feature) != 0;
-    let sectors = config.u64(0);
+    let sectors = config.capacity;
     // A byte's position has to have a number too.
     if sectors > u64::MAX / SECTOR {
         return Err(StartError::Config { field: "capacity", value: sectors });
     }
-    let block_size = if taken(F::BLK_SIZE) { config.u32(20) } else { SECTOR as u32 };
+    let block_size = if taken(F::BLK_SIZE) { config.blk_size } else { SECTOR as u32 };
     if !block_size.is_power_of_two() || u64::from(block_size) < SECTOR {
         return Err(StartError::Config { field: "blk_size", value: block_size.into() });
     }
     // qemu-storage-daemon offers the feature and has 0 there, which can only mean that there is no limit.
-    let piece = if taken(F::SIZE_MAX) && config.u32(8) != 0 { config.u32(8) } else { u32::MAX };
-    let segments = if taken(F::SEG_MAX) { config.u32(12) } else { u32::MAX };
+    let piece = if taken(F::SIZE_MAX) && config.size_max != 0 { config.size_max } else { u32::MAX };
+    let segments = if taken(F::SEG_MAX) { config.seg_max } else { u32::MAX };
     if segments == 0 {
         return Err(StartError::Config { field: "seg_max", value: 0 });
     }
@@ -44,41 +44,34 @@ pub(super) fn read_config<T: Transport>(
         block_size,
         read_only: taken(F::RO),
         cached: taken(F::FLUSH),
-        discard: taken(F::DISCARD).then(|| config.u32(36)),
-        write_zeroes: taken(F::WRITE_ZEROES).then(|| config.u32(48)),
+        discard: taken(F::DISCARD).then_some(config.max_discard_sectors),
+        write_zeroes: taken(F::WRITE_ZEROES).then_some(config.max_write_zeroes_sectors),
     };
     let segments = u16::try_from(segments).unwrap_or(u16::MAX);
     Ok((geometry, Limits { segments, piece: piece as usize }))
 }
 
-/// The part of the configuration space that is read (§5.2.4), at one moment.
-struct Config([u8; Config::LEN]);
+/// The fields that are looked at (§5.2.4), at one moment. Those of features that were not taken mean nothing.
+struct Config {
+    capacity: u64,
+    size_max: u32,
+    seg_max: u32,
+    blk_size: u32,
+    max_discard_sectors: u32,
+    max_write_zeroes_sectors: u32,
+}
 
 impl Config {
-    const LEN: usize = 56;
-
-    /// A device that changes its configuration all the time is not waited for longer than this.
-    const TRIES: u32 = 100;
-
     fn read<T: Transport>(transport: &mut T) -> Result<Self, StartError<T::Error>> {
-        let mut bytes = [0; Self::LEN];
-        let mut generation = transport.config_generation().map_err(StartError::Transport)?;
-        for _ in 0..Self::TRIES {
-            transport.read_config(0, &mut bytes).map_err(StartError::Transport)?;
-            let now = transport.config_generation().map_err(StartError::Transport)?;
-            if now == generation {
-                return Ok(Self(bytes));
-            }
-            generation = now;
-        }
-        Err(StartError::Config { field: "config_generation", value: generation.into() })
-    }
-
-    fn u32(&self, offset: usize) -> u32 {
-        u32::from_le_bytes(self.0[offset..offset + 4].try_into().expect("four bytes"))
-    }
-
-    fn u64(&self, offset: usize) -> u64 {
-        u64::from_le_bytes(self.0[offset..offset + 8].try_into().expect("eight bytes"))
+        config::read(transport, |fields| {
+            Ok(Self {
+                capacity: fields.u64(0)?,
+                size_max: fields.u32(8)?,
+                seg_max: fields.u32(12)?,
+                blk_size: fields.u32(20)?,
+                max_discard_sectors: fields.u32(36)?,
+                max_write_zeroes_sectors: fields.u32(48)?,
+            })
+        })
     }
 }

@@ -5,6 +5,7 @@ use crate::queue::{self, Piece, Pieces};
 use alloc::vec::Vec;
 use core::convert::Infallible;
 use core::mem;
+use core::sync::atomic::Ordering;
 use ringfence_dma::{Access, Buffer, BusAddr, DmaError, FromDevice, Mapper, Streaming, ToDevice};
 use ringfence_ring::{AddError, Descriptor, Indirect, IndirectTable};
 use virtio_spec::blk::{S, T as Type};
@@ -169,6 +170,7 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
         self.ring.ring.poison().map_or(Ok(()), |error| Err(BlkError::Broken(error)))
     }
 
+    #[inline]
     fn check(&self, request: &Request<'_, 'a>) -> Result<(), QueueError> {
         let Geometry { sectors: capacity, read_only, cached, discard, write_zeroes, .. } = self.geometry;
         let in_range = |sector: u64, sectors: u64| match sector.checked_add(sectors) {
@@ -208,6 +210,7 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     }
 
     /// Lends the request's buffers to the device, in pieces as long as device and mapper can take.
+    #[inline]
     fn map(&mut self, slot: u16, request: &Request<'_, 'a>) -> Result<(), QueueError> {
         let mapper = self.mapper;
         let longest = self.limits.piece.min(mapper.max_len()).max(1);
@@ -237,6 +240,7 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     }
 
     /// Writes the request's record and puts its chain into the ring. Returns how many bytes the device is to write.
+    #[inline]
     fn offer(&mut self, slot: u16, request: &Request<'_, 'a>) -> Result<u32, QueueError> {
         let Self { ring: queue, slots, by_token, records, chain, .. } = self;
         let record = Record(records.get(slot));
@@ -244,12 +248,11 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
 
         chain.clear();
         chain.push(record.header());
-        let payload = record.payload(request);
-        chain.extend(payload.filter(|payload| payload.access == Access::Read));
+        // A request has data or a payload, and not both.
+        chain.extend(record.payload(request));
         chain.extend(slots[usize::from(slot)].segments.iter().map(Segment::descriptor));
-        chain.extend(payload.filter(|payload| payload.access == Access::Write));
         chain.push(record.status());
-        let expected = chain.iter().filter(|part| part.access == Access::Write).map(|part| part.len).sum();
+        let expected = chain.iter().map(|part| if part.access == Access::Write { part.len } else { 0 }).sum();
 
         // A table has the request take up one entry of the ring, so that more of them fit.
         let table = (queue.indirect == Indirect::Allowed).then(|| record.table());
@@ -265,6 +268,7 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     }
 
     /// Takes the next used chain off the ring, and back what it had lent.
+    #[inline]
     pub(super) fn reap(&mut self) -> Result<Option<Completion>, QueueError> {
         let used = self.ring.ring.take_used().map_err(BlkError::Broken)?;
         let Some(used) = used else { return Ok(None) };
@@ -300,6 +304,7 @@ enum Segment<'a, M: Mapper + ?Sized> {
 }
 
 impl<M: Mapper + ?Sized> Segment<'_, M> {
+    #[inline]
     fn descriptor(&self) -> Descriptor {
         let (addr, len, access) = match self {
             Segment::ToDevice(mapping) => (mapping.addr(), mapping.len(), Access::Read),
@@ -315,6 +320,7 @@ impl<M: Mapper + ?Sized> Slot<'_, M> {
         Self { generation: 0, kind: Kind::Plain, expected: 0, segments: Vec::with_capacity(segments.into()) }
     }
 
+    #[inline]
     fn begin(&mut self, slot: u16, request: &Request<'_, '_>, expected: u32) -> RequestId {
         self.kind = if matches!(request, Request::Id) { Kind::Id } else { Kind::Plain };
         self.expected = expected;
@@ -322,6 +328,7 @@ impl<M: Mapper + ?Sized> Slot<'_, M> {
     }
 
     /// Takes back what was lent: whatever the device wrote is in the buffers afterwards.
+    #[inline]
     fn end(&mut self, slot: u16) -> (RequestId, Kind, u32) {
         self.segments.clear();
         let id = RequestId { slot, generation: self.generation };
@@ -348,6 +355,7 @@ impl<'a> Record<'a> {
     /// What no device writes: it shows a status that was not written.
     const NO_STATUS: u8 = 0xff;
 
+    #[inline]
     fn write(&self, request: &Request<'_, '_>) {
         let (kind, at) = match *request {
             Request::Read { sector, .. } => (Type::In, sector),
@@ -357,28 +365,30 @@ impl<'a> Record<'a> {
             Request::Discard { .. } => (Type::Discard, 0),
             Request::WriteZeroes { .. } => (Type::WriteZeroes, 0),
         };
-        let mut header = [0; 16];
-        header[..4].copy_from_slice(&u32::from(kind).to_le_bytes());
-        header[8..].copy_from_slice(&at.to_le_bytes());
-        self.0.memory.write(0, &header);
-
-        // `virtio_blk_discard_write_zeroes`, or room for a name: cleared, lest an earlier name comes back.
-        let mut payload = [0; Self::STATUS - Self::PAYLOAD];
-        if let Request::Discard { sector, sectors } | Request::WriteZeroes { sector, sectors, .. } = *request {
-            payload[..8].copy_from_slice(&sector.to_le_bytes());
-            payload[8..12].copy_from_slice(&sectors.to_le_bytes());
+        // A type and a reserved field, then the sector.
+        self.0.memory.store_u64(0, u32::from(kind).into(), Ordering::Relaxed);
+        self.0.memory.store_u64(8, at, Ordering::Relaxed);
+        if self.payload(request).is_some() {
+            // `virtio_blk_discard_write_zeroes`, or room for a name: cleared, lest an earlier name comes back.
+            let mut payload = [0; Self::STATUS - Self::PAYLOAD];
+            if let Request::Discard { sector, sectors } | Request::WriteZeroes { sector, sectors, .. } = *request {
+                payload[..8].copy_from_slice(&sector.to_le_bytes());
+                payload[8..12].copy_from_slice(&sectors.to_le_bytes());
+            }
+            if let Request::WriteZeroes { unmap: Unmap::Yes, .. } = request {
+                payload[12] = 1;
+            }
+            self.0.memory.write(Self::PAYLOAD, &payload);
         }
-        if let Request::WriteZeroes { unmap: Unmap::Yes, .. } = request {
-            payload[12] = 1;
-        }
-        self.0.memory.write(Self::PAYLOAD, &payload);
         self.0.memory.write(Self::STATUS, &[Self::NO_STATUS]);
     }
 
+    #[inline]
     fn header(&self) -> Descriptor {
         self.part(0, 16, Access::Read)
     }
 
+    #[inline]
     fn payload(&self, request: &Request<'_, '_>) -> Option<Descriptor> {
         match request {
             Request::Discard { .. } | Request::WriteZeroes { .. } => Some(self.part(Self::PAYLOAD, 16, Access::Read)),
@@ -387,10 +397,12 @@ impl<'a> Record<'a> {
         }
     }
 
+    #[inline]
     fn status(&self) -> Descriptor {
         self.part(Self::STATUS, 1, Access::Write)
     }
 
+    #[inline]
     fn part(&self, offset: usize, len: u32, access: Access) -> Descriptor {
         Descriptor { addr: BusAddr(self.0.addr.0 + offset as u64), len, access }
     }
@@ -401,6 +413,7 @@ impl<'a> Record<'a> {
     }
 
     /// What the device answered, who says that it wrote `written` bytes of `expected`.
+    #[inline]
     fn answer(&self, kind: Kind, written: u32, expected: u32) -> Result<Answer, RequestError> {
         let mut status = [0];
         self.0.memory.read(Self::STATUS, &mut status);

@@ -232,7 +232,7 @@ impl Core {
         self.disk.turn(0);
     }
 
-    /// The widths of the fields of a disk's configuration space (§5.2.4), words being good enough for all.
+    /// The widths of the fields of a disk's configuration space (§5.2.4), which are to be read as such.
     fn config(&self, offset: usize, width: usize) -> u32 {
         self.ready();
         assert!(self.status & DRIVER != 0, "the configuration is read before DRIVER");
@@ -241,7 +241,7 @@ impl Core {
             16 | 26 | 34 => 2,
             _ => 1,
         };
-        assert!(width == natural || width == 4, "{width} bytes at {offset} of the configuration");
+        assert!(width == natural, "{width} bytes at {offset} of the configuration");
         let mut bytes = [0; 4];
         self.disk.read_config(offset as u32, &mut bytes[..width]);
         u32::from_le_bytes(bytes)
