@@ -13,6 +13,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The disk's `id` on QEMU's command line.
 pub(crate) const DEVICE: &str = "disk";
 
+/// The same in QEMU's tree of objects: on its bus, and as virtio.
+const FRONTEND: &str = "/machine/peripheral/disk";
+const BACKEND: &str = "/machine/peripheral/disk/virtio-backend";
+
 /// What QEMU's front-end holds of the disk: asked of QEMU, not of the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Virtio {
@@ -37,9 +41,14 @@ pub struct Ring {
     pub used: u64,
 }
 
+/// The first QEMU that dies of `x-query-virtio-status`, by an assertion of its own.
+const DIES_OF_STATUS: u64 = 11;
+
 /// A connection to a running QEMU.
 pub(crate) struct Monitor {
     stream: BufReader<UnixStream>,
+    /// QEMU's major version.
+    major: u64,
 }
 
 impl Monitor {
@@ -47,28 +56,43 @@ impl Monitor {
     pub(crate) fn connect(socket: &Path) -> Option<Self> {
         let stream = UnixStream::connect(socket).ok()?;
         stream.set_read_timeout(Some(PATIENCE)).ok()?;
-        let mut monitor = Self { stream: BufReader::new(stream) };
-        monitor.line()?;
+        let mut monitor = Self { stream: BufReader::new(stream), major: 0 };
+        let greeting: Value = serde_json::from_str(&monitor.line()?).ok()?;
+        monitor.major = greeting["QMP"]["version"]["qemu"]["major"].as_u64()?;
         monitor.ask("qmp_capabilities", &json!({}))?;
         Some(monitor)
     }
 
-    /// What QEMU knows of the disk; `None` where it does not tell, as before 7.2.
+    /// What QEMU knows of the disk, as far as it tells.
     pub(crate) fn virtio(&mut self) -> Option<Virtio> {
-        let path = format!("/machine/peripheral/{DEVICE}/virtio-backend");
-        let status = self.ask("x-query-virtio-status", &json!({ "path": path }))?;
-        // Of a vhost-user device QEMU would ask the back-end for the queue's state, by a message that stops the queue.
-        let (question, fields) = match status.get("vhost-dev") {
-            Some(_) => ("x-query-virtio-vhost-queue-status", ["desc-phys", "avail-phys", "used-phys"]),
-            None => ("x-query-virtio-queue-status", ["vring-desc", "vring-avail", "vring-used"]),
+        let ring = self.ring();
+        if self.major < DIES_OF_STATUS
+            && let Some(status) = self.ask("x-query-virtio-status", &json!({ "path": BACKEND }))
+        {
+            return Some(Virtio {
+                offered: names(&status["host-features"], &["dev-features", "transports"]),
+                taken: names(&status["guest-features"], &["dev-features", "transports"]),
+                status: names(&status["status"], &["statuses"]),
+                ring,
+            });
+        }
+        let offers = self.property(BACKEND, "iommu_platform")?.as_bool()?;
+        let offered = offers.then(|| "VIRTIO_F_IOMMU_PLATFORM".to_owned()).into_iter().collect();
+        Some(Virtio { offered, ring, ..Virtio::default() })
+    }
+
+    fn ring(&mut self) -> Option<Ring> {
+        let is_vhost = self.property(FRONTEND, "type")?.as_str()?.starts_with("vhost");
+        // Of a vhost-user device the other question makes QEMU ask the back-end, by a message that stops the queue.
+        let (question, fields) = match is_vhost {
+            true => ("x-query-virtio-vhost-queue-status", ["desc-phys", "avail-phys", "used-phys"]),
+            false => ("x-query-virtio-queue-status", ["vring-desc", "vring-avail", "vring-used"]),
         };
-        let queue = self.ask(question, &json!({ "path": path, "queue": 0 }));
-        Some(Virtio {
-            offered: names(&status["host-features"], &["dev-features", "transports"]),
-            taken: names(&status["guest-features"], &["dev-features", "transports"]),
-            status: names(&status["status"], &["statuses"]),
-            ring: queue.and_then(|queue| ring(&queue, fields)),
-        })
+        ring(&self.ask(question, &json!({ "path": BACKEND, "queue": 0 }))?, fields)
+    }
+
+    fn property(&mut self, path: &str, property: &str) -> Option<Value> {
+        self.ask("qom-get", &json!({ "path": path, "property": property }))
     }
 
     /// Ends QEMU; it answers before it goes.
@@ -118,38 +142,65 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn an_answer_is_found_among_events_and_read() {
+    /// A QEMU of version `major` that gives these answers, a line or more each.
+    fn asked(major: u64, answers: &'static [&'static str]) -> Option<Virtio> {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("qmp");
         let listener = UnixListener::bind(&socket).unwrap();
         let qemu = thread::spawn(move || {
             let mut peer = BufReader::new(listener.accept().unwrap().0);
-            let answers = [
-                r#"{"return":{}}"#,
-                r#"{"event":"RESET"}
-                {"return":{"host-features":{"dev-features":["A: a"],"transports":["B: b","C"]},
-                 "guest-features":{"transports":["B: b"]},"status":{"statuses":["OK: fine"]}}}"#,
-                r#"{"return":{"vring-desc":4294959104,"vring-avail":2,"vring-used":3}}"#,
-                r#"{"error":{"class":"CommandNotFound"}}"#,
-            ];
-            peer.get_mut().write_all(b"{\"QMP\":{}}\n").unwrap();
-            for answer in answers {
-                peer.read_line(&mut String::new()).unwrap();
-                let lines = answer.replace("\n                {", "\u{1}{").replace('\n', "").replace('\u{1}', "\n");
-                peer.get_mut().write_all(format!("{lines}\n").as_bytes()).unwrap();
+            writeln!(peer.get_mut(), r#"{{"QMP":{{"version":{{"qemu":{{"major":{major}}}}}}}}}"#).unwrap();
+            let mut questions = Vec::new();
+            for answer in [&[r#"{"return":{}}"#], answers].concat() {
+                let mut question = String::new();
+                peer.read_line(&mut question).unwrap();
+                questions.push(question);
+                writeln!(peer.get_mut(), "{answer}").unwrap();
             }
+            questions
         });
-        let mut monitor = Monitor::connect(&socket).unwrap();
+        let virtio = Monitor::connect(&socket).unwrap().virtio();
+        let questions = qemu.join().unwrap();
+        let asked = |what: &str| questions.iter().any(|question| question.contains(what));
+        assert_eq!(asked("x-query-virtio-status"), major < DIES_OF_STATUS);
+        assert!(!asked("vhost") || !asked("x-query-virtio-queue-status"), "that would stop the queue");
+        virtio
+    }
+
+    #[test]
+    fn an_answer_is_found_among_events_and_read() {
+        let answers = &[
+            r#"{"return":"virtio-blk-pci"}"#,
+            r#"{"return":{"vring-desc":4294959104,"vring-avail":2,"vring-used":3}}"#,
+            "{\"event\":\"RESET\"}\n{\"return\":{\"host-features\":{\"dev-features\":[\"A: a\"],\"transports\":[\"B: b\",\"C\"]},\
+             \"guest-features\":{\"transports\":[\"B: b\"]},\"status\":{\"statuses\":[\"OK: fine\"]}}}",
+        ];
         let expected = Virtio {
             offered: vec!["A".into(), "B".into(), "C".into()],
             taken: vec!["B".into()],
             status: vec!["OK".into()],
             ring: Some(Ring { descriptors: 0xffff_e000, available: 2, used: 3 }),
         };
-        assert_eq!(monitor.virtio(), Some(expected));
-        assert_eq!(monitor.virtio(), None, "a QEMU that does not know the question");
-        qemu.join().unwrap();
+        assert_eq!(asked(10, answers), Some(expected));
+    }
+
+    #[test]
+    fn a_qemu_that_would_die_is_asked_less() {
+        let answers = &[
+            r#"{"return":"vhost-user-blk-pci"}"#,
+            r#"{"return":{"desc-phys":1,"avail-phys":2,"used-phys":3}}"#,
+            r#"{"return":true}"#,
+        ];
+        let ring = Some(Ring { descriptors: 1, available: 2, used: 3 });
+        let offered = vec!["VIRTIO_F_IOMMU_PLATFORM".to_owned()];
+        assert_eq!(asked(11, answers), Some(Virtio { offered, ring, ..Virtio::default() }));
+    }
+
+    #[test]
+    fn what_a_qemu_does_not_know_is_not_told() {
+        const UNKNOWN: &str = r#"{"error":{"class":"CommandNotFound"}}"#;
+        assert_eq!(asked(7, &[UNKNOWN, UNKNOWN, r#"{"return":false}"#]), Some(Virtio::default()));
+        assert_eq!(asked(7, &[UNKNOWN, UNKNOWN, UNKNOWN]), None);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use ringfence_guests::{Backend, Boot, Disk, End, Error, Image, Interface, Qemu, StorageDaemon, System, Watch};
 
 use super::cell::{Cell, Device, Driver};
-use super::seen::{Counts, Seen, Server};
+use super::seen::{Counts, Seen, Server, flag_in};
 use super::session::Options;
 
 /// How long a server may take to log the end of a connection.
@@ -112,6 +112,7 @@ fn end_of_server(mut backend: Backend) -> Server {
     let serves_on = refusal.is_some() && backend.serves();
     let complaints = log.lines().filter(|line| line.contains(" WARN ") || line.contains("ERROR "));
     Server {
+        flag: log.lines().rev().find_map(flag_in),
         refusal,
         counts: log.lines().rev().find_map(Counts::parse),
         complaints: complaints.take(8).map(without_time).collect(),

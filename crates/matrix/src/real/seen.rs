@@ -27,6 +27,8 @@ pub(crate) struct Seen {
 /// What our server said and did.
 #[derive(Clone, Debug)]
 pub(crate) struct Server {
+    /// Whether the last front-end took the flag, if one got so far.
+    pub(crate) flag: Option<bool>,
     /// Its reason for turning the front-end away.
     pub(crate) refusal: Option<String>,
     /// What it counted in the last connection.
@@ -78,13 +80,16 @@ impl Seen {
         self.outcome.virtio.as_ref()?.ring
     }
 
-    /// What became of the flag: offered as QEMU knows it, taken as the guest knows it, else as QEMU does.
+    /// What became of the flag: offered as QEMU knows it; taken as the guest knows it, else as QEMU or our server does.
     pub(crate) fn flag(&self) -> Flag {
         let virtio = self.outcome.virtio.as_ref();
         let named = |names: &[String]| names.iter().any(|name| FLAG_NAMES.contains(&&**name));
         let taken = match &self.guest().features {
             Some(features) => features.has(flag_bit()),
-            None => virtio.is_some_and(|virtio| named(&virtio.taken)),
+            None => {
+                let served = self.server.as_ref().and_then(|server| server.flag);
+                virtio.is_some_and(|virtio| named(&virtio.taken)) || served == Some(true)
+            }
         };
         match (virtio.is_some_and(|virtio| named(&virtio.offered)), taken) {
             (_, true) => Flag::Taken,
@@ -198,6 +203,13 @@ impl Counts {
 /// QEMU's names of the flag.
 const FLAG_NAMES: [&str; 2] = ["VIRTIO_F_IOMMU_PLATFORM", "VIRTIO_F_ACCESS_PLATFORM"];
 
+/// Whether the flag is among the features in our server's line on queues that run.
+pub(crate) fn flag_in(line: &str) -> Option<bool> {
+    let (_, features) = line.split_once("queues run")?.1.split_once("features=0x")?;
+    let digits = features.split(|char: char| !char.is_ascii_hexdigit()).next()?;
+    Some(u64::from_str_radix(digits, 16).ok()? & IommuMode::Offer.offers(0) != 0)
+}
+
 /// The flag's bit, from the crate that owns it: the one bit that an offering device adds.
 fn flag_bit() -> u32 {
     IommuMode::Offer.offers(0).trailing_zeros()
@@ -212,5 +224,13 @@ mod tests {
         let line = "2026 INFO connection ended: it left misses=12 updates=10 invalidations=3 faults=0";
         assert_eq!(Counts::parse(line), Some(Counts { misses: 12, updates: 10, invalidations: 3, faults: 0 }));
         assert_eq!(Counts::parse("listening"), None);
+    }
+
+    #[test]
+    fn the_flag_is_read_from_the_log() {
+        let line = "2026 INFO the driver's queues run addressing=Translated features=";
+        assert_eq!(flag_in(&format!("{line}0x330006244")), Some(true));
+        assert_eq!(flag_in(&format!("{line}0x130006244 more")), Some(false));
+        assert_eq!(flag_in("features=0x330006244"), None);
     }
 }

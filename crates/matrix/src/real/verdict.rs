@@ -366,6 +366,7 @@ mod tests {
         check(Verdict::RefusedByDevice, on("x86-none", stuck), |seen| {
             untouched(seen);
             seen.server = Some(Server {
+                flag: None,
                 refusal: Some("the IOMMU is required. More words".to_owned()),
                 counts: None,
                 complaints: Vec::new(),
@@ -403,7 +404,7 @@ mod tests {
             let mut seen = good();
             let counts = Some(Counts { misses: 3, updates: 3, invalidations: 1, faults: 0 });
             let complaints = Vec::new();
-            seen.server = Some(Server { refusal: None, counts, complaints, serves_on: false, end: Ok(()) });
+            seen.server = Some(Server { flag: None, refusal: None, counts, complaints, serves_on: false, end: Ok(()) });
             change(&mut seen);
             flaws(&seen, of(&seen).0)
         };
