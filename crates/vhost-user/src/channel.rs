@@ -2,11 +2,15 @@
 //!
 //! Knows where one message ends and the next begins. Knows no meaning of any message.
 //!
+//! One call of the kernel brings as many messages as there are: a front-end that answers a hundred misses at once would
+//! otherwise be read by two hundred. So a whole message may be here while the socket is empty: whoever sleeps on the
+//! socket asks [`Channel::holds_message`] before.
+//!
 //! A peer may stop anywhere, also in the middle of a header, and nobody waits for it unless he said for how long: what
 //! has arrived is kept, and the rest is read when there is more. It may attach more descriptors than any message has:
 //! they are closed, and it loses its connection. It may stop reading: what we have to say is kept up to a bound.
 
-use crate::wire::{Frame, Header, MAX_FDS, WireError};
+use crate::wire::{Frame, Header, MAX_BODY, MAX_FDS, WireError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
@@ -80,21 +84,28 @@ pub enum ChannelError {
     Socket(Errno),
 }
 
-/// What of the next message is here.
-#[derive(Debug, Default)]
+/// How many bytes are read at a time: several hundred translations, and any message whole.
+const AHEAD: usize = 16 << 10;
+const _: () = assert!(AHEAD >= Header::SIZE + MAX_BODY);
+
+/// What has come and was not handed out.
+#[derive(Debug)]
 struct Inbox {
-    head: [u8; Header::SIZE],
-    header: Option<Header>,
-    body: Vec<u8>,
-    /// Bytes of `head`, or once `header` is there of `body`, that have come.
-    filled: usize,
-    fds: Vec<OwnedFd>,
+    bytes: Box<[u8; AHEAD]>,
+    /// Of `bytes`, what there is: the next message starts here.
+    start: usize,
+    end: usize,
+    /// Descriptors, each with the place in `bytes` of the last byte that was read with it.
+    ///
+    /// The kernel ends a read behind the piece that a peer sent with descriptors, so they belong to the last message of
+    /// that read. (Not to the first: that may be one sent before, without any.)
+    fds: Vec<(usize, OwnedFd)>,
 }
 
 impl Channel {
     /// Uses `socket`, a connected Unix stream. Its flags are left alone: no call here waits unless it says so.
     pub fn new(socket: OwnedFd) -> Self {
-        Self { socket, inbox: Inbox::default() }
+        Self { socket, inbox: Inbox::new() }
     }
 
     /// The next message if it is all here. Never waits.
@@ -104,32 +115,25 @@ impl Channel {
     pub fn receive(&mut self) -> Result<Received, ChannelError> {
         // At most as often as a message has bytes.
         loop {
-            let inbox = &mut self.inbox;
-            if let Some(header) = inbox.header.filter(|header| inbox.filled == header.size as usize) {
-                let Inbox { body, fds, .. } = std::mem::take(inbox);
-                return Ok(Received::Message(Message { header, body, fds }));
+            if let Some(message) = self.inbox.take()? {
+                return Ok(Received::Message(message));
             }
-            // Never past the end of a message: descriptors belong to the message whose bytes they came with.
-            let into = match inbox.header {
-                None => &mut inbox.head[inbox.filled..],
-                Some(_) => &mut inbox.body[inbox.filled..],
-            };
-            match read(self.socket.as_fd(), into, &mut inbox.fds) {
-                Ok(0) => return inbox.end(),
-                Ok(count) => inbox.filled += count,
+            match self.inbox.fill(self.socket.as_fd()) {
+                Ok(0) => return self.inbox.end(),
+                Ok(_) => {}
                 Err(ReadError::Errno(Errno::AGAIN)) => return Ok(Received::Nothing),
                 Err(ReadError::Errno(Errno::INTR)) => {}
-                Err(ReadError::Errno(Errno::CONNRESET)) => return inbox.end(),
+                Err(ReadError::Errno(Errno::CONNRESET)) => return self.inbox.end(),
                 Err(ReadError::Errno(errno)) => return Err(ChannelError::Socket(errno)),
                 Err(ReadError::TooManyFds) => return Err(ChannelError::TooManyFds),
             }
-            if inbox.header.is_none() && inbox.filled == Header::SIZE {
-                let header = Header::parse(&inbox.head)?;
-                inbox.body = vec![0; header.size as usize];
-                inbox.filled = 0;
-                inbox.header = Some(header);
-            }
         }
+    }
+
+    /// Whether [`Channel::receive`] has something to say without a look at the socket, which need not become readable
+    /// for it.
+    pub fn holds_message(&self) -> bool {
+        !matches!(self.inbox.next(), Ok(None))
     }
 
     /// The next message, waited for until `deadline`.
@@ -175,11 +179,52 @@ impl AsFd for Channel {
 }
 
 impl Inbox {
+    fn new() -> Self {
+        Self { bytes: Box::new([0; AHEAD]), start: 0, end: 0, fds: Vec::new() }
+    }
+
+    /// The header of the next message, if all of that message is here.
+    fn next(&self) -> Result<Option<Header>, WireError> {
+        let here = &self.bytes[self.start..self.end];
+        let Some((header, rest)) = here.split_first_chunk() else { return Ok(None) };
+        let header = Header::parse(header)?;
+        Ok((rest.len() >= header.size as usize).then_some(header))
+    }
+
+    /// The next message, if it is all here.
+    fn take(&mut self) -> Result<Option<Message>, ChannelError> {
+        let Some(header) = self.next()? else {
+            // All of them are of the message that is not all here: nothing is read while there is a whole one.
+            return if self.fds.len() > MAX_FDS { Err(ChannelError::TooManyFds) } else { Ok(None) };
+        };
+        let body = self.start + Header::SIZE;
+        let end = body + header.size as usize;
+        let own = self.fds.partition_point(|&(at, _)| at < end);
+        if own > MAX_FDS {
+            return Err(ChannelError::TooManyFds);
+        }
+        let fds = self.fds.drain(..own).map(|(_, fd)| fd).collect();
+        self.start = end;
+        Ok(Some(Message { header, body: self.bytes[body..end].to_vec(), fds }))
+    }
+
+    /// Reads what there is behind the part of a message that is here.
+    fn fill(&mut self, socket: BorrowedFd<'_>) -> Result<usize, ReadError> {
+        self.bytes.copy_within(self.start..self.end, 0);
+        self.fds.iter_mut().for_each(|(at, _)| *at -= self.start);
+        (self.start, self.end) = (0, self.end - self.start);
+        let mut fds = Vec::new();
+        let count = read(socket, &mut self.bytes[self.end..], &mut fds)?;
+        self.end += count;
+        // Of a read of nothing there are none.
+        self.fds.extend(fds.into_iter().map(|fd| (self.end.saturating_sub(1), fd)));
+        Ok(count)
+    }
+
     fn end(&self) -> Result<Received, ChannelError> {
-        match self.header {
-            None if self.filled == 0 => Ok(Received::End),
-            None => Err(ChannelError::Truncated { got: self.filled }),
-            Some(_) => Err(ChannelError::Truncated { got: Header::SIZE + self.filled }),
+        match self.end - self.start {
+            0 => Ok(Received::End),
+            got => Err(ChannelError::Truncated { got }),
         }
     }
 }

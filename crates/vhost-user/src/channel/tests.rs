@@ -73,6 +73,70 @@ fn descriptors_belong_to_the_message_they_came_with() {
 }
 
 #[test]
+fn what_was_read_ahead_is_said_to_be_here() {
+    let (mut channel, mut peer) = pair();
+    let one = Request::<OwnedFd>::SetFeatures(7).encode(NeedReply::No).bytes;
+    // More than are read at a time, and a part of one.
+    let count = 3 * AHEAD / one.len();
+    let mut stream = one.repeat(count);
+    stream.extend_from_slice(&one[..5]);
+    peer.write_all(&stream).unwrap();
+    assert!(!channel.holds_message(), "nothing was read yet");
+    let mut reads = 0;
+    for number in 0..count {
+        reads += u32::from(!channel.holds_message());
+        let Message { header, body, fds } = message(&mut channel);
+        assert!(matches!(Request::parse(&header, &body, fds), Ok(Request::SetFeatures(7))), "message {number}");
+    }
+    assert!(reads <= 4, "{reads} reads for {count} messages");
+    assert!(!channel.holds_message(), "a part of a message is none");
+    assert!(matches!(channel.receive(), Ok(Received::Nothing)));
+    peer.write_all(&one[5..]).unwrap();
+    message(&mut channel);
+    // What is no message is to be told at once, too.
+    peer.write_all(&[one.clone(), vec![0xff; 20]].concat()).unwrap();
+    message(&mut channel);
+    assert!(channel.holds_message());
+    assert!(matches!(channel.receive(), Err(ChannelError::Header(_))));
+}
+
+#[test]
+fn descriptors_belong_to_the_last_message_of_their_read() {
+    let (file, other) = (std::io::pipe().unwrap(), std::io::pipe().unwrap());
+    let plain = Request::<OwnedFd>::GetFeatures.encode(NeedReply::No).bytes;
+    let log = Request::SetLogFd(&file.1);
+    let log = log.encode(NeedReply::No);
+    for cut in 1..log.bytes.len() {
+        // Two that have none, one that comes in two pieces with its descriptor at the first, one that has another.
+        let (mut channel, mut peer) = pair();
+        peer.write_all(&[&plain[..], &plain].concat()).unwrap();
+        send_with_fds(&peer, &log.bytes[..cut], &log.fds);
+        peer.write_all(&log.bytes[cut..]).unwrap();
+        send_with_fds(&peer, &log.bytes, &[other.1.as_fd()]);
+        peer.write_all(&plain).unwrap();
+        let kinds = |fds: &[OwnedFd]| {
+            let same = |one: &OwnedFd, two: &std::io::PipeWriter| {
+                let (one, two) = (rustix::fs::fstat(one).unwrap(), rustix::fs::fstat(two).unwrap());
+                one.st_ino == two.st_ino
+            };
+            fds.iter()
+                .map(|fd| {
+                    if same(fd, &file.1) {
+                        'f'
+                    } else if same(fd, &other.1) {
+                        'o'
+                    } else {
+                        '?'
+                    }
+                })
+                .collect()
+        };
+        let got: Vec<String> = (0..5).map(|_| kinds(&message(&mut channel).fds)).collect();
+        assert_eq!(got, ["", "", "f", "o", ""], "cut at {cut}");
+    }
+}
+
+#[test]
 fn descriptors_beyond_any_message_are_closed() {
     // As many as fit the kernel's idea of our buffer, and more than that; at once, and piece by piece.
     for (chunks, each) in [(1, 9), (1, 64), (2, 5), (12, 1)] {

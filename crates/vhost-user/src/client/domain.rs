@@ -1,8 +1,9 @@
 //! A software IOMMU as a front-end's: its mappings answer misses, and what it takes away is invalidated.
 
 use super::{ClientError, Frontend, Translation, Translator, range};
-use ringfence_dma::{BusAddr, FrontendVa, Permission};
-use ringfence_iommu::{Domain, Invalidate, Window};
+use ringfence_dma::{BusAddr, DmaError, FrontendVa, Gpa, Permission};
+use ringfence_driver::mapper::{self, Run};
+use ringfence_iommu::{Domain, Invalidate, MapError, Window};
 use std::sync::{Arc, Weak};
 
 /// The size of a translation, as VMMs have it on x86 and arm64.
@@ -40,13 +41,46 @@ impl Translator for Pages {
     }
 }
 
+/// A domain as what a driver lends by: each buffer is mapped for its request, and taken away after it, by itself or many
+/// at a time.
+#[derive(Clone, Debug)]
+pub struct Lent(pub Arc<Domain>);
+
+impl mapper::Pages for Lent {
+    fn page(&self) -> usize {
+        PAGE as usize
+    }
+
+    fn max_len(&self) -> usize {
+        usize::MAX & !(PAGE as usize - 1)
+    }
+
+    fn show(&self, physical: Gpa, len: usize, permission: Permission) -> Result<BusAddr, DmaError> {
+        self.0.map(physical, len as u64, permission).map_err(|error| match error {
+            MapError::NoGap { .. } => DmaError::OutOfAddresses { wanted: len },
+            _ => DmaError::Unreachable { physical },
+        })
+    }
+
+    fn hide(&self, runs: &[Run]) -> Result<(), DmaError> {
+        let ranges: Vec<_> = runs.iter().map(|run| (run.addr, run.len as u64)).collect();
+        self.0.unmap_all(&ranges).expect("runs that were shown, each as it was");
+        Ok(())
+    }
+}
+
 /// The front-end's thread holds the domain, so the domain does not hold the front-end.
 struct Forget(Weak<Frontend>);
 
 impl Invalidate for Forget {
     fn invalidate(&self, addr: BusAddr, len: u64) {
-        let (Some(frontend), Some(range)) = (self.0.upgrade(), range(addr, len)) else { return };
-        if let Err(error) = frontend.invalidate(range) {
+        self.invalidate_all(&[(addr, len)]);
+    }
+
+    fn invalidate_all(&self, ranges: &[(BusAddr, u64)]) {
+        let Some(frontend) = self.0.upgrade() else { return };
+        let ranges: Vec<_> = ranges.iter().filter_map(|&(addr, len)| range(addr, len)).collect();
+        if let Err(error) = frontend.invalidate_all(&ranges) {
             // A device that has gone has forgotten.
             tracing::debug!("invalidation not acknowledged: {error}");
         }
