@@ -93,6 +93,9 @@ pub struct Session {
     status: u8,
     /// Becomes readable when nobody has time any more.
     hurry: Option<OwnedFd>,
+    /// A queue had to stop without its storage, and none has started since: a front-end that stops one queue after the
+    /// other waits for that once.
+    storage_hangs: bool,
     /// Accesses that were not let through.
     faults: Arc<AtomicU64>,
     /// What was counted by translation caches that are gone, and by this session itself.
@@ -261,6 +264,7 @@ impl Session {
             vrings,
             status: 0,
             hurry: None,
+            storage_hangs: false,
             faults: Arc::default(),
             past: Counted::default(),
         }
@@ -499,6 +503,10 @@ impl Session {
 
     /// Stops a queue where it is. When this returns it touches no memory any more.
     fn pause(&mut self, index: usize) {
+        if self.storage_hangs {
+            self.vrings[index].expect_nothing();
+        }
+        let began = Instant::now();
         let hurry = self.hurry.as_ref().map(AsFd::as_fd);
         if self.vrings[index].pause(hurry).is_err() {
             self.take_memory_away();
@@ -507,6 +515,7 @@ impl Session {
                 self.vrings[index].leave();
             }
         }
+        self.storage_hangs |= began.elapsed() >= self.options.io_timeout;
     }
 
     /// Waits until no byte moves any more on the strength of what was taken away.
@@ -780,6 +789,7 @@ impl Session {
             );
         }
         self.vrings[index].start(&with).map_err(|error| SessionError::Start { index, error })?;
+        self.storage_hangs = false;
         Ok(None)
     }
 
