@@ -53,7 +53,7 @@ fn a_message_may_come_in_any_pieces() {
 #[test]
 fn descriptors_belong_to_the_message_they_came_with() {
     let (mut channel, peer) = pair();
-    let sender = Channel::new(peer.into());
+    let sender = Channel::<Header>::new(peer.into());
     let (one, two) = (std::io::pipe().unwrap(), std::io::pipe().unwrap());
     sender.send(&Request::<OwnedFd>::GetFeatures.encode(NeedReply::No)).unwrap();
     sender.send(&Request::SetLogFd(&one.1).encode(NeedReply::No)).unwrap();
@@ -117,7 +117,7 @@ fn an_answer_is_waited_for_until_the_deadline() {
     let answering = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(10));
         let code = FrontendCode::GetFeatures.number();
-        Channel::new(peer.into()).send(&Reply::U64(5).encode(code)).unwrap();
+        Channel::<Header>::new(peer.into()).send(&Reply::U64(5).encode(code)).unwrap();
     });
     let answer = channel.receive_until(Instant::now() + Duration::from_secs(60)).unwrap();
     assert_eq!((answer.header.kind, answer.body), (Kind::Reply, 5u64.to_ne_bytes().to_vec()));
