@@ -8,13 +8,13 @@
 //! they are closed, and it loses its connection. It may stop reading: what we have to say is kept up to a bound.
 
 use crate::wire::{Frame, Header, MAX_FDS, WireError};
-use std::fmt::{Debug, Display};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, send, sendmsg,
 };
+use std::fmt::{Debug, Display};
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
