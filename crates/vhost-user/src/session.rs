@@ -42,6 +42,16 @@ pub(crate) fn format_of(features: u64) -> Format {
     if features & bits::RING_PACKED == 0 { Format::Split } else { Format::Packed }
 }
 
+/// What a driver that took `features` and its device keep to in their rings.
+pub fn rules_of(features: u64) -> Rules {
+    let has = |bit: u64| features & bit != 0;
+    Rules {
+        format: format_of(features),
+        notifications: if has(bits::EVENT_IDX) { Notifications::EventIdx } else { Notifications::Flags },
+        indirect: if has(bits::INDIRECT_DESC) { Indirect::Allowed } else { Indirect::Refused },
+    }
+}
+
 /// What of vhost-user itself is offered. Inflight tracking is not: requests that are under way end before a queue stops.
 const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::REPLY_ACK)
@@ -764,16 +774,11 @@ impl Session {
             return Err(SessionError::NoChannel);
         }
         let layout = vring::layout(vring.size(), self.bus_addresses(negotiated.addressing, &addresses)?);
-        let has = |bit: u64| negotiated.features & bit != 0;
         let with = Start {
             index: index as u16,
             device: &self.device,
             features: negotiated.features,
-            rules: Rules {
-                format: format_of(negotiated.features),
-                notifications: if has(bits::EVENT_IDX) { Notifications::EventIdx } else { Notifications::Flags },
-                indirect: if has(bits::INDIRECT_DESC) { Indirect::Allowed } else { Indirect::Refused },
-            },
+            rules: rules_of(negotiated.features),
             layout,
             iotlb,
             backend: &self.backend,
