@@ -42,10 +42,14 @@ pub(crate) struct Bench {
     /// Compare ringfence with every peer that is installed, over a set of loads
     ///
     /// Starts ringfence, qemu-storage-daemon with each of its aio modes, and SPDK's vhost if it is in PATH, on disks of
-    /// their own, one at a time and in turn. What is asked for besides counts for nothing, but for --rounds, --seconds,
-    /// --warmup, --format and --output.
+    /// their own, one at a time and in turn. What is asked for besides counts for nothing, but for --only, --rounds,
+    /// --seconds, --warmup, --format and --output.
     #[arg(long, conflicts_with = "socket")]
     compare: bool,
+
+    /// Only those loads of --compare that have this in their name, such as "keeps nothing", QD32 or IOMMU
+    #[arg(long, value_name = "TEXT", requires = "compare")]
+    only: Option<String>,
 
     /// How often --compare goes through everything
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -214,7 +218,8 @@ impl Bench {
     fn compare(&self, ended: &AtomicBool) -> anyhow::Result<String> {
         let seconds = self.seconds.unwrap_or(0.5);
         let bar = ProgressBar::new(0).with_style(style());
-        let comparison = Comparison { rounds: self.rounds, seconds, warmup: self.warmup.min(seconds) };
+        let only = self.only.clone();
+        let comparison = Comparison { only, rounds: self.rounds, seconds, warmup: self.warmup.min(seconds) };
         let compared = comparison.run(ended, &bar)?.context("ended before the first round was over")?;
         Ok(match self.format {
             Format::Text => compared.to_string(),
