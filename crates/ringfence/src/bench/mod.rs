@@ -19,7 +19,7 @@ use compare::Comparison;
 use indicatif::{ProgressBar, ProgressStyle};
 use job::{Job, Mapping, Rw, Shape, size};
 use signal_hook::consts::{SIGINT, SIGTERM};
-use std::fs;
+use std::fs::File;
 use std::io::{Write, stdout};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -187,15 +187,24 @@ fn queue_size(text: &str) -> Result<u16, String> {
 impl Bench {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         let ended = ended_by_signals()?;
+        // What can't be written is not worth measuring.
+        let output = self.output.as_deref().map(|path| File::options().create(true).append(true).open(path));
+        let output = output.transpose().with_context(|| format!("can't write {}", self.output().display()))?;
         let text = match &self.socket {
             Some(socket) => self.measure(socket, &ended)?,
             None => self.compare(&ended)?,
         };
-        match &self.output {
-            Some(path) => fs::write(path, text).with_context(|| format!("can't write {}", path.display()))?,
+        match output {
+            // Only now: what is there of an earlier measurement stays until there is another.
+            Some(mut file) => (file.set_len(0).and_then(|()| file.write_all(text.as_bytes())))
+                .with_context(|| format!("can't write {}", self.output().display()))?,
             None => stdout().write_all(text.as_bytes()).context("can't write to standard output")?,
         }
         Ok(ExitCode::SUCCESS)
+    }
+
+    fn output(&self) -> &Path {
+        self.output.as_deref().unwrap_or("standard output".as_ref())
     }
 
     fn measure(&self, socket: &Path, ended: &AtomicBool) -> anyhow::Result<String> {

@@ -84,8 +84,8 @@ impl Compared {
         let page = Page {
             title: "Vhost-user disks, compared".into(),
             about: format!(
-                "ringfence {} on {} processors. Each of {rounds} rounds measures everything once, for {each:.1} s; \
-                 told are medians, and of ratios the median of those within a round.",
+                "ringfence {} on {} processors. A round measures everything once, for {each:.1} s each; told are \
+                 medians of {rounds}, and of ratios the median of those within a round.",
                 self.version, self.processors
             ),
             facts: Vec::new(),
@@ -255,4 +255,40 @@ fn plot(name: &str, better: &'static str, rows: &[&Row], value: impl Fn(&Row) ->
 /// In percent, and never nothing: a bar is seen.
 fn share(value: f64, most: f64) -> f64 {
     if most > 0.0 { (value / most * 100.0).max(0.3) } else { 0.3 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(group: &'static str, subject: &str, ratio: f64) -> Row {
+        let (iops, p50, p99) = (1000.0 * ratio, 10.0, 20.0);
+        let load = "randread 4 KiB, QD1".into();
+        Row { group, load, subject: subject.into(), iops, p50, p99, server_cpu: None, ratio, rounds: Vec::new() }
+    }
+
+    #[test]
+    fn who_is_ahead_is_told_first() {
+        let group = "A file in memory";
+        let mut compared = Compared {
+            schema: 1,
+            version: "1",
+            processors: 2,
+            rows: vec![
+                row(group, "ringfence", 1.0),
+                row(group, "other, slow", 0.1),
+                row(group, "other, fast", 0.5),
+                row(IOMMU, "off", 1.0),
+                row(IOMMU, "static", 0.97),
+            ],
+            absent: vec!["<nobody>".into()],
+        };
+        let page = compared.page().unwrap();
+        for said in ["More requests than everybody else in 1 of 1 loads", ">2.00 ×<", ": 97 % (", "&#60;nobody&#62;"] {
+            assert!(page.contains(said), "{said} in {page}");
+        }
+        compared.rows[2].ratio = 4.0;
+        let page = compared.page().unwrap();
+        assert!(page.contains("in 0 of 1 loads") && page.contains(r#"class="behind">0.25 ×"#), "{page}");
+    }
 }
