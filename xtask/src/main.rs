@@ -9,12 +9,14 @@ mod arrows;
 mod bit33;
 mod browser;
 mod confined;
+mod guest_speed;
 mod guests;
 mod instructions;
 mod no_std;
 mod old_driver;
 mod patience;
 mod report;
+mod static_program;
 mod steps;
 mod vfio;
 
@@ -24,6 +26,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::guest_speed::SpeedArgs;
 use crate::guests::GuestArgs;
 use crate::steps::{Run, Steps};
 
@@ -78,6 +81,11 @@ enum Task {
     },
     /// How many instructions a request costs, compared with what it did.
     Instructions,
+    /// A guest's disk behind an emulated intel-iommu: QEMU's own virtio-blk and `ringfence serve blk`, compared.
+    GuestSpeed {
+        #[command(flatten)]
+        speed: SpeedArgs,
+    },
     /// Checks that feature bit 33 is named in the policy crate alone.
     Bit33,
 }
@@ -154,6 +162,10 @@ fn perform(task: Task) -> Result<bool, String> {
         Task::Instructions => {
             run(workspace, false, |steps| steps.step("instructions", |log| instructions::run(workspace, log)))
         }
+        Task::GuestSpeed { speed } => run(workspace, false, |steps| {
+            steps.cargo("the server", &["build", "--release", "-p", "ringfence"], &[])?;
+            steps.step("guest speed", |log| guest_speed::run(workspace, &speed, log))
+        }),
         Task::Bit33 => run(workspace, false, |steps| steps.step("bit 33", |_| bit33::run(workspace))),
     })
 }

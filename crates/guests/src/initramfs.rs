@@ -11,6 +11,7 @@ use crate::kernel::Kernel;
 use crate::modules;
 
 const INIT: &[u8] = include_bytes!("init.sh");
+const SPEED: &[u8] = include_bytes!("speed.sh");
 
 /// The driver of the disk, loaded last.
 const DISK_DRIVER: &str = "virtio_blk";
@@ -22,7 +23,25 @@ pub struct Initramfs(Vec<u8>);
 impl Initramfs {
     /// Packs `busybox`, the init script, and `modules` of `kernel` with all they need.
     pub fn build(kernel: &Kernel, busybox: &Path, modules: &[&str]) -> Result<Self, Error> {
-        let busybox = fs::read(busybox).map_err(Error::file("cannot read", busybox))?;
+        Self::scripted(kernel, busybox, INIT, &[], modules)
+    }
+
+    /// Packs `busybox`, a script that measures two disks, and `load`: `ringfence-guest-load`, built static.
+    ///
+    /// # Errors
+    ///
+    /// An error where something can't be read, or the kernel lacks a module.
+    pub fn of_speed(kernel: &Kernel, busybox: &Path, load: &Path) -> Result<Self, Error> {
+        Self::scripted(kernel, busybox, SPEED, &[("bin/load", load)], &["virtio_pci"])
+    }
+
+    fn scripted(
+        kernel: &Kernel,
+        busybox: &Path,
+        script: &[u8],
+        programs: &[(&str, &Path)],
+        modules: &[&str],
+    ) -> Result<Self, Error> {
         let wanted: Vec<_> = modules.iter().copied().chain([DISK_DRIVER]).collect();
         let modules = modules::in_load_order(kernel, &wanted)?;
 
@@ -30,8 +49,10 @@ impl Initramfs {
         for folder in ["bin", "dev", "modules", "proc", "run", "sys"] {
             archive.folder(folder);
         }
-        archive.file("init", 0o755, INIT);
-        archive.file("bin/busybox", 0o755, &busybox);
+        archive.file("init", 0o755, script);
+        for &(name, path) in [("bin/busybox", busybox)].iter().chain(programs) {
+            archive.file(name, 0o755, &fs::read(path).map_err(Error::file("cannot read", path))?);
+        }
         for (position, module) in modules.iter().enumerate() {
             archive.file(&format!("modules/{position:02}-{}.ko", module.name), 0o644, &module.object);
         }
