@@ -61,11 +61,19 @@ pub struct Options {
     /// How long a miss waits before it is answered, each counted from its arrival: they wait side by side, as they do
     /// behind a slow VMM. Zero answers at once.
     pub miss_delay: Duration,
+    /// The most that one translation out of a domain covers, see [`Frontend::serve_domain`]: a power of two, of bytes, not
+    /// below 4096, which is what VMMs have on x86 and arm64.
+    pub granule: u64,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { protocol: PROTOCOL_FEATURES, timeout: Duration::from_secs(10), miss_delay: Duration::ZERO }
+        Self {
+            protocol: PROTOCOL_FEATURES,
+            timeout: Duration::from_secs(10),
+            miss_delay: Duration::ZERO,
+            granule: 4096,
+        }
     }
 }
 

@@ -94,8 +94,11 @@ impl<'j> Client<'j> {
         let memory = SharedMemory::new(places.len).context("can't make memory for the back-end to see")?;
         memory.seal_length()?;
         let base = FrontendVa(memory.slice(0, places.len).as_ptr() as u64);
-        let options =
-            client::Options { miss_delay: Duration::from_micros(shape.miss_delay), ..client::Options::default() };
+        let options = client::Options {
+            miss_delay: Duration::from_micros(shape.miss_delay),
+            granule: shape.granule,
+            ..client::Options::default()
+        };
         let frontend = Arc::new(Frontend::connect(&job.socket, options)?);
         let placement = Placement { gpa: Gpa(0), frontend_va: base, size: places.len as u64, offset: 0 };
         frontend.set_memory(&[(placement, memory.as_fd())])?;

@@ -4,7 +4,7 @@
 //! goes through all peers, and what is told is the median of the rounds' ratios.
 
 use super::client::{self, Watch};
-use super::job::{Job, Mapping, Rw, Shape};
+use super::job::{GRANULE, Job, Mapping, Rw, Shape};
 use super::outcome::{Count, Outcome, Time};
 use super::peers::{self, Disk, Peer, SIZE};
 use anyhow::{Context, ensure};
@@ -83,6 +83,7 @@ fn experiments() -> Vec<Experiment> {
         queues: 1,
         iommu: Mapping::Off,
         miss_delay: 0,
+        granule: GRANULE,
     };
     let all = |group, disk, poll, shape| Experiment { group, disk, shape, poll, peers: Peers::All };
     let mut set = Vec::new();

@@ -17,7 +17,7 @@ use clap::{Args, ValueEnum};
 use client::Watch;
 use compare::Comparison;
 use indicatif::{ProgressBar, ProgressStyle};
-use job::{Job, Mapping, Rw, Shape, size};
+use job::{GRANULE, Job, Mapping, Rw, Shape, size};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::fs::File;
 use std::io::{Write, stdout};
@@ -110,6 +110,10 @@ pub(crate) struct Bench {
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
     miss_delay: u64,
 
+    /// How much one answer to a miss covers: as VMMs have it on x86 and arm64, or more, as with huge pages or on ppc64le
+    #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = granule)]
+    granule: u64,
+
     /// How many descriptors a queue has: 256, or more if the depth needs it
     #[arg(long, value_name = "N", value_parser = queue_size)]
     queue_size: Option<u16>,
@@ -168,6 +172,13 @@ fn block_size(text: &str) -> Result<u64, String> {
         return Err("a request is whole sectors of 512 bytes".into());
     }
     if bytes > 1 << 30 { Err("a request has 1G at the most".into()) } else { Ok(bytes) }
+}
+
+fn granule(text: &str) -> Result<u64, String> {
+    match size(text)? {
+        bytes if bytes.is_power_of_two() && bytes >= GRANULE => Ok(bytes),
+        _ => Err("a power of two from 4k on".into()),
+    }
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -251,6 +262,7 @@ impl Bench {
                 queues: self.queues,
                 iommu: self.iommu,
                 miss_delay: self.miss_delay,
+                granule: self.granule,
             },
             seconds: self.seconds.unwrap_or(5.0),
             warmup: self.warmup,

@@ -6,23 +6,25 @@ use ringfence_driver::mapper::{self, Run};
 use ringfence_iommu::{Domain, Invalidate, MapError, Window};
 use std::sync::{Arc, Weak};
 
-/// The size of a translation, as VMMs have it on x86 and arm64.
+/// What a domain maps in.
 const PAGE: u64 = 4096;
 
 impl Frontend {
     /// Gives the device behind this front-end a domain of its own, in which nothing is mapped yet. `base` is where
-    /// guest-physical 0 is in the memory table. Misses are answered a page at a time.
+    /// guest-physical 0 is in the memory table. Each miss is answered with as much around it as
+    /// [`Options::granule`](super::Options::granule) says.
     ///
     /// # Errors
     /// As [`Frontend::serve_iotlb`].
     pub fn serve_domain(self: &Arc<Self>, window: Window, base: FrontendVa) -> Result<Arc<Domain>, ClientError> {
         let domain = Arc::new(Domain::watched(window, Forget(Arc::downgrade(self))));
-        self.serve_iotlb(Arc::new(Pages { domain: Arc::clone(&domain), base }))?;
+        let granule = self.options.granule;
+        self.serve_iotlb(Arc::new(Pages { domain: Arc::clone(&domain), base, granule }))?;
         Ok(domain)
     }
 }
 
-/// A domain's mappings as answers to misses, a page at a time. By itself it takes nothing away: see
+/// A domain's mappings as answers to misses, a piece at a time. By itself it takes nothing away: see
 /// [`Frontend::serve_domain`] for that.
 #[derive(Debug)]
 pub struct Pages {
@@ -30,14 +32,18 @@ pub struct Pages {
     pub domain: Arc<Domain>,
     /// Where guest-physical 0 is in the memory table.
     pub base: FrontendVa,
+    /// The most that one answer covers: a power of two, of bytes, not below 4096.
+    pub granule: u64,
 }
 
 impl Translator for Pages {
     fn translate(&self, iova: BusAddr, _perm: Permission) -> Option<Translation> {
         let mapping = self.domain.lookup(iova)?;
-        let page = iova.0 - iova.0 % PAGE;
-        let uaddr = self.base.checked_add(mapping.gpa.0 + (page - mapping.addr.0))?;
-        Some(Translation { iova: BusAddr(page), size: PAGE, uaddr, perm: mapping.permission })
+        let rest = self.granule - 1;
+        let first = (iova.0 & !rest).max(mapping.addr.0);
+        let last = (iova.0 | rest).min(mapping.addr.0 + (mapping.len - 1));
+        let uaddr = self.base.checked_add(mapping.gpa.0 + (first - mapping.addr.0))?;
+        Some(Translation { iova: BusAddr(first), size: last - first + 1, uaddr, perm: mapping.permission })
     }
 }
 
