@@ -142,12 +142,16 @@ fn no_byte_of_an_invalidated_page_changes_with_slow_storage() {
 /// A packed ring's descriptors are written to by both sides, and event indices by the device as well.
 #[test]
 fn no_byte_of_an_invalidated_page_changes_with_any_ring() {
-    let kinds = [(Format::Split, Notifications::EventIdx), (Format::Packed, Notifications::Flags), (Format::Packed, Notifications::EventIdx)];
+    let kinds = [
+        (Format::Split, Notifications::EventIdx),
+        (Format::Packed, Notifications::Flags),
+        (Format::Packed, Notifications::EventIdx),
+    ];
     for (format, notifications) in kinds {
         let kind = Kind { format, notifications };
         let served = Inside::start(Arc::new(Slow::new(Duration::from_millis(1))), Keep::Cache, Duration::from_secs(10));
         let frontend = Frontend::with_ring(&served.socket, Misses::Answered, kind);
-        let seen = frontend.run(Load { pages: pages() / 4, stops: 20, known: true });
+        let seen = frontend.run(Load { pages: pages() / 8, stops: 10, known: true });
         eprintln!("{kind:?}: {seen:?}");
         drop(frontend);
         served.end();
