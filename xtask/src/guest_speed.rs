@@ -38,6 +38,9 @@ pub(crate) struct SpeedArgs {
     /// Boot a kernel of this kind alone: strict or lazy.
     #[arg(long, value_parser = ["strict", "lazy"])]
     mode: Option<String>,
+    /// This load alone, by its name in the table; the log then has the server's IOTLB traffic for it.
+    #[arg(long, default_value = "")]
+    load: String,
     /// Options of `ringfence serve blk`, such as "--poll 0".
     #[arg(long, default_value = "", allow_hyphen_values = true)]
     options: String,
@@ -59,6 +62,9 @@ pub(crate) fn run(workspace: &Workspace, args: &SpeedArgs, log: &mut Log) -> Ste
         }
         let console = boot(workspace, args, &cache, &qemu, &load, arguments, log)?;
         let table = Table::read(&console)?;
+        if table.loads.is_empty() {
+            return Err(format!("the guest knows no load {}", args.load));
+        }
         say(&format!("    {mode}, requests a second, medians of {} rounds", args.rounds));
         for (load, [own, other, ratio]) in table.rows() {
             say(&format!("      {load:16} QEMU's own {own:>8.0}   serve blk {other:>8.0}   {ratio:>5.2} times"));
@@ -90,11 +96,11 @@ fn boot(
         fill(image).map_err(|error| format!("{}: {error}", image.display()))?;
     }
     let mut server = Command::new(workspace.target.join("release/ringfence"));
-    server.args(["serve", "blk", "--log", "warn", "--socket"]).arg(&socket).arg("--image").arg(&other);
+    server.args(["serve", "blk", "--log", "info", "--socket"]).arg(&socket).arg("--image").arg(&other);
     server.args(args.options.split_whitespace());
     let server = Backend::start(server, &socket, &at("log")).map_err(text)?;
     let file = File::create(&console).map_err(|error| format!("{}: {error}", console.display()))?;
-    let SpeedArgs { rounds, seconds, .. } = args;
+    let SpeedArgs { rounds, seconds, load: only, .. } = args;
     let flag = "disable-legacy=on,iommu_platform=on";
     let mut command = qemu.command(Arch::Amd64);
     command
@@ -112,7 +118,7 @@ fn boot(
         .arg("-append")
         .arg(format!(
             "console=ttyS0 panic=-1 loglevel=4 no_timer_check {arguments} \
-             ringfence.rounds={rounds} ringfence.seconds={seconds}"
+             ringfence.rounds={rounds} ringfence.seconds={seconds} ringfence.load={only}"
         ))
         .stderr(file.try_clone().map_err(|error| error.to_string())?)
         .stdout(file);

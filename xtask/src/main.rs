@@ -63,6 +63,9 @@ enum Task {
         /// How many pages each test stamps.
         #[arg(long, default_value_t = 4_000_000)]
         pages: u64,
+        /// Only the tests that have this in their name, such as any_ring.
+        #[arg(long, default_value = "")]
+        only: String,
     },
     /// The no_std crates linked into programs that have no std.
     NoStd,
@@ -132,13 +135,13 @@ fn perform(task: Task) -> Result<bool, String> {
             guests.cells()?;
             run(workspace, false, |steps| boots(workspace, steps, &guests))
         }
-        Task::Stress { pages } => run(workspace, false, |steps| {
+        Task::Stress { pages, only } => run(workspace, false, |steps| {
             let pages = pages.to_string();
-            steps.cargo(
-                "the fence under load",
-                &["test", "--release", "-p", "ringfence", "--test", "fence", "--", "--nocapture", "--test-threads=1"],
-                &[("RINGFENCE_STRESS_PAGES", &pages)],
-            )
+            let run =
+                ["test", "--release", "-p", "ringfence", "--test", "fence", "--", "--nocapture", "--test-threads=1"];
+            let only = (!only.is_empty()).then_some(only.as_str());
+            let arguments: Vec<_> = run.into_iter().chain(only).collect();
+            steps.cargo("the fence under load", &arguments, &[("RINGFENCE_STRESS_PAGES", &pages)])
         }),
         Task::NoStd => run(workspace, false, |steps| steps.step("no_std builds", |log| no_std::run(workspace, log))),
         Task::OldDriver => run(workspace, false, |steps| {

@@ -1,6 +1,7 @@
 #!/bin/busybox sh
 # A guest that measures two disks in turn, and prints `RINGFENCE speed=ROUND DISK LOAD REQUESTS SECONDS`. The disk in
-# slot 4 is QEMU's own, the one in slot 5 is a back-end's. `rounds` and `seconds` are on the kernel's command line.
+# slot 4 is QEMU's own, the one in slot 5 is a back-end's. `rounds`, `seconds`, and `load` if there is
+# to be but one are on the kernel's command line.
 
 /bin/busybox --install -s /bin
 export PATH=/bin
@@ -17,7 +18,7 @@ finish() {
 }
 
 for word in $(cat /proc/cmdline); do
-    case $word in ringfence.rounds=* | ringfence.seconds=*) eval "${word#ringfence.}" ;; esac
+    case $word in ringfence.rounds=* | ringfence.seconds=* | ringfence.load=*) eval "${word#ringfence.}" ;; esac
 done
 for module in /modules/*.ko; do insmod "$module" || finish "cannot load $module"; done
 
@@ -38,21 +39,21 @@ random() {
 }
 # A number of blocks by busybox' dd, past the cache.
 copy() {
+    run="/bin/load run dd bs=$3 count=$4"
     case $2 in
-    read) dd if="$1" of=/dev/null bs="$3" count="$4" iflag=direct 2>/run/dd || finish failed ;;
-    write) dd if=/dev/zero of="$1" bs="$3" count="$4" oflag=direct conv=notrunc 2>/run/dd || finish failed ;;
+    read) took=$($run if="$1" of=/dev/null iflag=direct) || finish failed ;;
+    write) took=$($run if=/dev/zero of="$1" oflag=direct conv=notrunc) || finish failed ;;
     # As most programs read: by way of the cache, which reads ahead.
     cached)
         echo 3 >/proc/sys/vm/drop_caches
-        dd if="$1" of=/dev/null bs="$3" count="$4" 2>/run/dd || finish failed
+        took=$($run if="$1" of=/dev/null) || finish failed
         ;;
     esac
-    line=$(grep copied /run/dd)
-    line=${line#*copied, }
-    echo "$4 ${line%% seconds*}"
+    echo "$4 $took"
 }
 measure() { echo "RINGFENCE speed=$round $1 $3 $("$4" "$2" "$5" "$6" "$7")"; }
 both() {
+    [ -z "$load" ] || [ "$load" = "$1" ] || return
     if [ $((round % 2)) = 0 ]; then
         measure own "$own" "$@" && measure other "$other" "$@"
     else

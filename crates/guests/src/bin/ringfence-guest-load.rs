@@ -1,13 +1,15 @@
 //! Loads a disk from within a guest, for `cargo xtask guest-speed`: so many threads, each with one request at a time,
 //! past the page cache.
 //!
-//! `ringfence-guest-load DISK read|write BLOCK THREADS SECONDS` prints the number of requests and the seconds they took.
+//! `ringfence-guest-load DISK read|write BLOCK THREADS SECONDS` prints the number of requests and the seconds they took,
+//! `ringfence-guest-load run PROGRAM ARGUMENT…` the seconds that a program took, with what it says on standard output
+//! dropped.
 
 use rustix::fs::OFlags;
 use std::fs::OpenOptions;
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -16,15 +18,30 @@ const ALIGNED: usize = 4096;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    match load(&arguments) {
-        Ok((requests, seconds)) => {
-            println!("{requests} {seconds:.6}");
+    let told = match arguments.split_first() {
+        Some((first, command)) if first == "run" => run(command).map(|seconds| format!("{seconds:.6}")),
+        _ => load(&arguments).map(|(requests, seconds)| format!("{requests} {seconds:.6}")),
+    };
+    match told {
+        Ok(told) => {
+            println!("{told}");
             ExitCode::SUCCESS
         }
         Err(reason) => {
             eprintln!("{reason}");
             ExitCode::FAILURE
         }
+    }
+}
+
+fn run(command: &[String]) -> Result<f64, String> {
+    let (program, arguments) = command.split_first().ok_or("nothing to run")?;
+    let began = Instant::now();
+    let output = Command::new(program).args(arguments).output().map_err(|error| format!("{program}: {error}"))?;
+    let took = began.elapsed();
+    match output.status.success() {
+        true => Ok(took.as_secs_f64()),
+        false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
     }
 }
 

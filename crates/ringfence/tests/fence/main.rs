@@ -151,7 +151,7 @@ fn no_byte_of_an_invalidated_page_changes_with_any_ring() {
         let kind = Kind { format, notifications };
         let served = Inside::start(Arc::new(Slow::new(Duration::from_millis(1))), Keep::Cache, Duration::from_secs(10));
         let frontend = Frontend::with_ring(&served.socket, Misses::Answered, kind);
-        let seen = frontend.run(Load { pages: pages() / 4, stops: 20, known: true });
+        let seen = frontend.run(Load { pages: pages() / 8, stops: 10, known: true });
         eprintln!("{kind:?}: {seen:?}");
         drop(frontend);
         served.end();
