@@ -20,7 +20,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("vfio", &["dma", "driver"]),
     ("vhost-user", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver"]),
     ("wrap", &["policy", "dma", "ring", "hostmem", "device", "vhost-user"]),
-    ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver", "guests"]),
+    ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver", "vhost-user", "wrap", "guests"]),
     ("guests", &[]),
     ("bare-metal", &["dma", "driver"]),
     (
