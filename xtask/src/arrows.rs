@@ -23,6 +23,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver", "vhost-user", "wrap", "guests"]),
     ("guests", &[]),
     ("bare-metal", &["dma", "driver"]),
+    ("fuzz", &["policy", "dma", "ring", "iotlb", "hostmem", "device", "vhost-user", "wrap"]),
     (
         "ringfence",
         &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver", "vhost-user", "wrap", "matrix"],

@@ -9,6 +9,7 @@ mod arrows;
 mod bit33;
 mod browser;
 mod confined;
+mod fuzz;
 mod guests;
 mod instructions;
 mod no_std;
@@ -24,6 +25,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::fuzz::FuzzArgs;
 use crate::guests::GuestArgs;
 use crate::steps::{Run, Steps};
 
@@ -60,6 +62,13 @@ enum Task {
         /// How many pages each test stamps.
         #[arg(long, default_value_t = 4_000_000)]
         pages: u64,
+    },
+    /// Hostile guests, front-ends and back-ends under libFuzzer with AddressSanitizer, for as long as asked.
+    ///
+    /// Inputs that lead somewhere are kept in target/fuzz/corpus. `cargo xtask test` runs the same targets on a few inputs.
+    Fuzz {
+        #[command(flatten)]
+        fuzz: FuzzArgs,
     },
     /// The no_std crates linked into programs that have no std.
     NoStd,
@@ -132,6 +141,7 @@ fn perform(task: Task) -> Result<bool, String> {
                 &[("RINGFENCE_STRESS_PAGES", &pages)],
             )
         }),
+        Task::Fuzz { fuzz } => run(workspace, false, |steps| fuzz::run(workspace, steps, &fuzz)),
         Task::NoStd => run(workspace, false, |steps| steps.step("no_std builds", |log| no_std::run(workspace, log))),
         Task::OldDriver => run(workspace, false, |steps| {
             steps.step("the old driver", |log| old_driver::build(workspace, log))?;
