@@ -18,6 +18,7 @@ mod patience;
 mod report;
 mod steps;
 mod vfio;
+mod wrapped;
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -79,6 +80,8 @@ enum Task {
     Confined,
     /// A user-space driver of ours in a Linux guest, with devices by way of VFIO.
     Vfio,
+    /// virtiofsd behind `ringfence wrap`, and a Linux guest behind intel-iommu that mounts its folder.
+    Wrapped,
     /// The matrix as a page, read in a headless Chromium.
     Report {
         /// Only take a picture of the page with the stored real run, as in docs/report.png.
@@ -155,6 +158,10 @@ fn perform(task: Task) -> Result<bool, String> {
             steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
             steps.step("devices by way of VFIO", |log| vfio::boot(workspace, true, log))
         }),
+        Task::Wrapped => run(workspace, false, |steps| {
+            server(steps)?;
+            steps.step("wrapped back-ends", |log| wrapped::boot(workspace, true, log))
+        }),
         Task::Report { picture: None } => {
             run(workspace, false, |steps| steps.step("the report in a browser", |log| report::run(workspace, log)))
         }
@@ -200,12 +207,17 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
     steps.step("devices by way of VFIO", |log| vfio::boot(workspace, guests.no_skip(), log))?;
     steps.step("the report in a browser", |log| report::run(workspace, log))?;
-    boots(workspace, steps, guests)
+    boots(workspace, steps, guests)?;
+    steps.step("wrapped back-ends", |log| wrapped::boot(workspace, guests.no_skip(), log))
+}
+
+fn server(steps: &mut Steps) -> Run {
+    steps.cargo("the server", &["build", "--release", "-p", "ringfence"], &[])
 }
 
 fn boots(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     if guests.needs_our_server() {
-        steps.cargo("the server", &["build", "--release", "-p", "ringfence"], &[])?;
+        server(steps)?;
     }
     steps.step("real guests", |log| guests::run(workspace, guests, log))
 }

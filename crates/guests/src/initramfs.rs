@@ -8,9 +8,9 @@ use std::path::Path;
 
 use crate::error::Error;
 use crate::kernel::Kernel;
-use crate::modules;
+use crate::modules::{self, Module};
 
-const INIT: &[u8] = include_bytes!("init.sh");
+const INIT: &str = include_str!("init.sh");
 
 /// The driver of the disk, loaded last.
 const DISK_DRIVER: &str = "virtio_blk";
@@ -22,20 +22,20 @@ pub struct Initramfs(Vec<u8>);
 impl Initramfs {
     /// Packs `busybox`, the init script, and `modules` of `kernel` with all they need.
     pub fn build(kernel: &Kernel, busybox: &Path, modules: &[&str]) -> Result<Self, Error> {
-        let busybox = fs::read(busybox).map_err(Error::file("cannot read", busybox))?;
         let wanted: Vec<_> = modules.iter().copied().chain([DISK_DRIVER]).collect();
-        let modules = modules::in_load_order(kernel, &wanted)?;
+        Self::of_script(kernel, busybox, INIT, &wanted)
+    }
 
-        let mut archive = Archive::default();
-        for folder in ["bin", "dev", "modules", "proc", "run", "sys"] {
-            archive.folder(folder);
-        }
-        archive.file("init", 0o755, INIT);
-        archive.file("bin/busybox", 0o755, &busybox);
-        for (position, module) in modules.iter().enumerate() {
-            archive.file(&format!("modules/{position:02}-{}.ko", module.name), 0o644, &module.object);
-        }
-        Ok(Self(archive.finish()))
+    /// Packs `busybox`, a script for its shell that is the guest's only program, and `modules` of `kernel` with all they
+    /// need: `/modules/NN-NAME.ko` in the order in which they load.
+    ///
+    /// # Errors
+    ///
+    /// An error where something can't be read, or the kernel lacks a module.
+    pub fn of_script(kernel: &Kernel, busybox: &Path, script: &str, modules: &[&str]) -> Result<Self, Error> {
+        let busybox = fs::read(busybox).map_err(Error::file("cannot read", busybox))?;
+        let modules = modules::in_load_order(kernel, modules)?;
+        Ok(Self::pack(script.as_bytes(), Some(&busybox), &modules))
     }
 
     /// Packs a static program that is the guest's only one, and `modules` of `kernel` with all they need: `/init`, and
@@ -46,15 +46,22 @@ impl Initramfs {
     /// An error where something can't be read, or the kernel lacks a module.
     pub fn of_program(kernel: &Kernel, program: &Path, modules: &[&str]) -> Result<Self, Error> {
         let program = fs::read(program).map_err(Error::file("cannot read", program))?;
+        Ok(Self::pack(&program, None, &modules::in_load_order(kernel, modules)?))
+    }
+
+    fn pack(init: &[u8], busybox: Option<&[u8]>, modules: &[Module]) -> Self {
         let mut archive = Archive::default();
-        for folder in ["dev", "modules", "proc", "sys"] {
+        for folder in ["bin", "dev", "modules", "proc", "run", "sys"] {
             archive.folder(folder);
         }
-        archive.file("init", 0o755, &program);
-        for (position, module) in modules::in_load_order(kernel, modules)?.iter().enumerate() {
+        archive.file("init", 0o755, init);
+        if let Some(busybox) = busybox {
+            archive.file("bin/busybox", 0o755, busybox);
+        }
+        for (position, module) in modules.iter().enumerate() {
             archive.file(&format!("modules/{position:02}-{}.ko", module.name), 0o644, &module.object);
         }
-        Ok(Self(archive.finish()))
+        Self(archive.finish())
     }
 
     /// The archive's bytes.
