@@ -120,7 +120,7 @@ fn run(
         .args(["-object", "memory-backend-memfd,id=memory,size=256M,share=on", "-m", "256M"])
         .args(["-machine", "q35,kernel-irqchip=split,memory-backend=memory", "-device", "intel-iommu"])
         .args(["-chardev", &format!("socket,id=folder,path={}", socket.display())])
-        .args(["-device", "vhost-user-fs-pci,chardev=folder,tag=shared,disable-legacy=on,iommu_platform=on"])
+        .args(["-device", "vhost-user-fs-pci,chardev=folder,tag=shared,iommu_platform=on"])
         .arg("-kernel")
         .arg(&kernel.image)
         .arg("-initrd")
