@@ -27,13 +27,13 @@ pub(crate) fn messages(data: &[u8]) {
             &header,
             Request::parse(&header, body, descriptors(count)),
             |it| it.encode(header.need_reply),
-            |h, b, f| Request::parse(h, b, f),
+            Request::parse,
         ),
         1 => again(
             &header,
             BackendRequest::parse(&header, body, descriptors(count)),
             |it| it.encode(header.need_reply),
-            |h, b, f| BackendRequest::parse(h, b, f),
+            BackendRequest::parse,
         ),
         2 => {
             let code = FrontendCode::ALL[bytes.below(FrontendCode::ALL.len())];
