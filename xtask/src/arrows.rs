@@ -20,9 +20,10 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("vfio", &["dma", "driver"]),
     ("vhost-user", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver"]),
     ("wrap", &["policy", "dma", "ring", "hostmem", "device", "vhost-user"]),
-    ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver", "guests"]),
+    ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver", "vhost-user", "wrap", "guests"]),
     ("guests", &[]),
     ("bare-metal", &["dma", "driver"]),
+    ("fuzz", &["policy", "dma", "ring", "iotlb", "hostmem", "device", "vhost-user", "wrap"]),
     (
         "ringfence",
         &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver", "vhost-user", "wrap", "matrix"],

@@ -9,6 +9,7 @@ mod arrows;
 mod bit33;
 mod browser;
 mod confined;
+mod fuzz;
 mod guest_speed;
 mod guests;
 mod instructions;
@@ -19,6 +20,7 @@ mod report;
 mod static_program;
 mod steps;
 mod vfio;
+mod wrapped;
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -26,6 +28,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::fuzz::FuzzArgs;
 use crate::guest_speed::SpeedArgs;
 use crate::guests::GuestArgs;
 use crate::steps::{Run, Steps};
@@ -67,6 +70,13 @@ enum Task {
         #[arg(long, default_value = "")]
         only: String,
     },
+    /// Hostile guests, front-ends and back-ends under libFuzzer with AddressSanitizer, for as long as asked.
+    ///
+    /// Inputs that lead somewhere are kept in target/fuzz/corpus. `cargo xtask test` runs the same targets on a few inputs.
+    Fuzz {
+        #[command(flatten)]
+        fuzz: FuzzArgs,
+    },
     /// The no_std crates linked into programs that have no std.
     NoStd,
     /// A kernel with a real old driver, built into target/release/ringfence-old-driver and booted once.
@@ -76,6 +86,8 @@ enum Task {
     Confined,
     /// A user-space driver of ours in a Linux guest, with devices by way of VFIO.
     Vfio,
+    /// virtiofsd behind `ringfence wrap`, and a Linux guest behind intel-iommu that mounts its folder.
+    Wrapped,
     /// The matrix as a page, read in a headless Chromium.
     Report {
         /// Only take a picture of the page with the stored real run, as in docs/report.png.
@@ -143,6 +155,7 @@ fn perform(task: Task) -> Result<bool, String> {
             let arguments: Vec<_> = run.into_iter().chain(only).collect();
             steps.cargo("the fence under load", &arguments, &[("RINGFENCE_STRESS_PAGES", &pages)])
         }),
+        Task::Fuzz { fuzz } => run(workspace, false, |steps| fuzz::run(workspace, steps, &fuzz)),
         Task::NoStd => run(workspace, false, |steps| steps.step("no_std builds", |log| no_std::run(workspace, log))),
         Task::OldDriver => run(workspace, false, |steps| {
             steps.step("the old driver", |log| old_driver::build(workspace, log))?;
@@ -155,6 +168,10 @@ fn perform(task: Task) -> Result<bool, String> {
         Task::Vfio => run(workspace, false, |steps| {
             steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
             steps.step("devices by way of VFIO", |log| vfio::boot(workspace, true, log))
+        }),
+        Task::Wrapped => run(workspace, false, |steps| {
+            server(steps)?;
+            steps.step("wrapped back-ends", |log| wrapped::boot(workspace, true, log))
         }),
         Task::Report { picture: None } => {
             run(workspace, false, |steps| steps.step("the report in a browser", |log| report::run(workspace, log)))
@@ -205,12 +222,17 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
     steps.step("devices by way of VFIO", |log| vfio::boot(workspace, guests.no_skip(), log))?;
     steps.step("the report in a browser", |log| report::run(workspace, log))?;
-    boots(workspace, steps, guests)
+    boots(workspace, steps, guests)?;
+    steps.step("wrapped back-ends", |log| wrapped::boot(workspace, guests.no_skip(), log))
+}
+
+fn server(steps: &mut Steps) -> Run {
+    steps.cargo("the server", &["build", "--release", "-p", "ringfence"], &[])
 }
 
 fn boots(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     if guests.needs_our_server() {
-        steps.cargo("the server", &["build", "--release", "-p", "ringfence"], &[])?;
+        server(steps)?;
     }
     steps.step("real guests", |log| guests::run(workspace, guests, log))
 }

@@ -5,6 +5,7 @@
 //!
 //! To add a device, write one file with a [`Device`] and its [`Handler`], and add its line below.
 
+mod bell;
 mod device;
 mod request;
 
@@ -13,5 +14,6 @@ pub mod queue;
 pub mod storage;
 pub mod worker;
 
+pub use bell::Bell;
 pub use device::{Back, Device, Handler, Outcome, Token};
 pub use request::{Pieces, Request, Unreachable};

@@ -79,7 +79,7 @@ pub enum Broken {
 pub struct Stopped {
     /// Where to go on in the ring.
     pub position: Position,
-    /// Chains that start anew, those among them that the device had and was not done with.
+    /// Chains that start anew in the order of their arrival, those among them that the device had and was not done with.
     waiting: Vec<Chain>,
     /// Chains that are done and that the driver was not told of.
     finished: Vec<(Head, u32)>,
@@ -289,8 +289,11 @@ impl<M: Memory> Queue<M> {
             if let Stage::Back { .. } = slot.stage {
                 handler.forget(token as Token);
             }
-            waiting.push(slot.chain);
+            waiting.push((slot.arrival, slot.chain));
         }
+        // Who goes on from here begins with what came first.
+        waiting.sort_unstable_by_key(|&(arrival, _)| arrival);
+        let waiting = waiting.into_iter().map(|(_, chain)| chain).collect();
         if under_way > 0 {
             handler.abandon();
         }
@@ -348,6 +351,8 @@ struct Requests {
     /// None overtakes another.
     in_order: bool,
     under_way: usize,
+    /// How many chains have been taken off the ring.
+    arrived: u64,
 }
 
 /// A chain on its way, by token.
@@ -360,6 +365,8 @@ struct Slot {
     asked: Option<Ticket>,
     /// What it was last seen to lack.
     lacks: Option<Lack>,
+    /// Counts up: who has the smaller number came first.
+    arrival: u64,
 }
 
 /// How far a chain is.
@@ -453,13 +460,14 @@ impl Requests {
         let finished = stopped.finished.into();
         let restored = waiting.len().min(usize::from(depth)) as u16;
         let slots = (0..depth)
-            .map(|_| Slot {
+            .map(|token| Slot {
                 chain: waiting.next().unwrap_or_default(),
                 readable: Vec::new(),
                 writable: Vec::new(),
                 stage: Stage::New,
                 asked: None,
                 lacks: None,
+                arrival: token.into(),
             })
             .collect();
         Self {
@@ -475,6 +483,8 @@ impl Requests {
             full: false,
             in_order: false,
             under_way: 0,
+            // After those that were restored.
+            arrived: u64::from(restored),
         }
     }
 
@@ -585,7 +595,8 @@ impl Requests {
                     break;
                 }
             }
-            (slot.stage, slot.asked, slot.lacks) = (Stage::New, None, None);
+            (slot.stage, slot.asked, slot.lacks, slot.arrival) = (Stage::New, None, None, self.arrived);
+            self.arrived += 1;
             if let Some((table, _)) = slot.chain.table() {
                 visit.approach(table, Access::Read);
             }

@@ -66,6 +66,16 @@ impl Backend {
         line.trim().strip_suffix(" kB")?.parse().ok()
     }
 
+    /// The anonymous files that it has mapped, as the kernel calls them: memory that it shares with others.
+    pub fn shared_memory(&self) -> Option<Vec<String>> {
+        let maps = fs::read_to_string(format!("/proc/{}/maps", self.child.id())).ok()?;
+        let mut names: Vec<String> =
+            maps.lines().filter_map(|line| Some(line[line.find("/memfd:")?..].to_owned())).collect();
+        names.sort_unstable();
+        names.dedup();
+        Some(names)
+    }
+
     /// Whether it runs and takes a connection.
     pub fn serves(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None)) && UnixStream::connect(&self.socket).is_ok()

@@ -99,6 +99,11 @@ impl<'a> Cache<'a> {
         self.programs("qemu-utils", suite, &["qemu-utils"])
     }
 
+    /// virtiofsd of Debian 13: Debian 12 has an older one, which another package brings.
+    pub(crate) fn virtiofsd(&self) -> Result<PathBuf, Error> {
+        self.programs("virtiofsd", Suite::Trixie, &["virtiofsd"])
+    }
+
     /// A root folder with `packages` of `suite` and what they need.
     fn programs(&self, name: &str, suite: Suite, packages: &[&str]) -> Result<PathBuf, Error> {
         let folder = self.entry(&format!("{name}-{}", suite.name()), |cache, partial| {

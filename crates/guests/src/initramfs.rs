@@ -8,10 +8,10 @@ use std::path::Path;
 
 use crate::error::Error;
 use crate::kernel::Kernel;
-use crate::modules;
+use crate::modules::{self, Module};
 
-const INIT: &[u8] = include_bytes!("init.sh");
-const SPEED: &[u8] = include_bytes!("speed.sh");
+const INIT: &str = include_str!("init.sh");
+const SPEED: &str = include_str!("speed.sh");
 
 /// The driver of the disk, loaded last.
 const DISK_DRIVER: &str = "virtio_blk";
@@ -23,7 +23,19 @@ pub struct Initramfs(Vec<u8>);
 impl Initramfs {
     /// Packs `busybox`, the init script, and `modules` of `kernel` with all they need.
     pub fn build(kernel: &Kernel, busybox: &Path, modules: &[&str]) -> Result<Self, Error> {
-        Self::scripted(kernel, busybox, INIT, &[], modules)
+        let wanted: Vec<_> = modules.iter().copied().chain([DISK_DRIVER]).collect();
+        Self::of_script(kernel, busybox, INIT, &wanted)
+    }
+
+    /// Packs `busybox`, a script for its shell that is the guest's only program, and `modules` of `kernel` with all they
+    /// need: `/modules/NN-NAME.ko` in the order in which they load.
+    ///
+    /// # Errors
+    ///
+    /// An error where something can't be read, or the kernel lacks a module.
+    pub fn of_script(kernel: &Kernel, busybox: &Path, script: &str, modules: &[&str]) -> Result<Self, Error> {
+        let programs = [("bin/busybox", busybox)];
+        Self::pack(script.as_bytes(), &programs, &modules::in_load_order(kernel, modules)?)
     }
 
     /// Packs `busybox`, a script that measures two disks, and `load`: `ringfence-guest-load`, built static.
@@ -32,31 +44,8 @@ impl Initramfs {
     ///
     /// An error where something can't be read, or the kernel lacks a module.
     pub fn of_speed(kernel: &Kernel, busybox: &Path, load: &Path) -> Result<Self, Error> {
-        Self::scripted(kernel, busybox, SPEED, &[("bin/load", load)], &["virtio_pci"])
-    }
-
-    fn scripted(
-        kernel: &Kernel,
-        busybox: &Path,
-        script: &[u8],
-        programs: &[(&str, &Path)],
-        modules: &[&str],
-    ) -> Result<Self, Error> {
-        let wanted: Vec<_> = modules.iter().copied().chain([DISK_DRIVER]).collect();
-        let modules = modules::in_load_order(kernel, &wanted)?;
-
-        let mut archive = Archive::default();
-        for folder in ["bin", "dev", "modules", "proc", "run", "sys"] {
-            archive.folder(folder);
-        }
-        archive.file("init", 0o755, script);
-        for &(name, path) in [("bin/busybox", busybox)].iter().chain(programs) {
-            archive.file(name, 0o755, &fs::read(path).map_err(Error::file("cannot read", path))?);
-        }
-        for (position, module) in modules.iter().enumerate() {
-            archive.file(&format!("modules/{position:02}-{}.ko", module.name), 0o644, &module.object);
-        }
-        Ok(Self(archive.finish()))
+        let modules = modules::in_load_order(kernel, &["virtio_pci", DISK_DRIVER])?;
+        Self::pack(SPEED.as_bytes(), &[("bin/busybox", busybox), ("bin/load", load)], &modules)
     }
 
     /// Packs a static program that is the guest's only one, and `modules` of `kernel` with all they need: `/init`, and
@@ -67,12 +56,19 @@ impl Initramfs {
     /// An error where something can't be read, or the kernel lacks a module.
     pub fn of_program(kernel: &Kernel, program: &Path, modules: &[&str]) -> Result<Self, Error> {
         let program = fs::read(program).map_err(Error::file("cannot read", program))?;
+        Self::pack(&program, &[], &modules::in_load_order(kernel, modules)?)
+    }
+
+    fn pack(init: &[u8], programs: &[(&str, &Path)], modules: &[Module]) -> Result<Self, Error> {
         let mut archive = Archive::default();
-        for folder in ["dev", "modules", "proc", "sys"] {
+        for folder in ["bin", "dev", "modules", "proc", "run", "sys"] {
             archive.folder(folder);
         }
-        archive.file("init", 0o755, &program);
-        for (position, module) in modules::in_load_order(kernel, modules)?.iter().enumerate() {
+        archive.file("init", 0o755, init);
+        for &(name, path) in programs {
+            archive.file(name, 0o755, &fs::read(path).map_err(Error::file("cannot read", path))?);
+        }
+        for (position, module) in modules.iter().enumerate() {
             archive.file(&format!("modules/{position:02}-{}.ko", module.name), 0o644, &module.object);
         }
         Ok(Self(archive.finish()))

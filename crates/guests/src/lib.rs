@@ -52,6 +52,7 @@ mod storage_daemon;
 mod tool;
 mod trace;
 mod unpacked;
+mod virtiofsd;
 
 pub use backend::Backend;
 pub use boot::{Boot, Disk, End, Interface, Outcome, System, VirtioFlag, Watch};
@@ -67,3 +68,4 @@ pub use qemu::{Qemu, QemuSource};
 pub use qmp::{Ring, Virtio};
 pub use storage_daemon::StorageDaemon;
 pub use trace::{IommuTrace, Translation};
+pub use virtiofsd::Virtiofsd;

@@ -18,6 +18,8 @@ pub enum Suite {
     Bookworm,
     /// Newer packages built for Debian 12.
     BookwormBackports,
+    /// Debian 13. Its libc is newer than Debian 12's, so its programs run with one of their own.
+    Trixie,
     /// Debian's newest. Its libc is newer than that of any release, so its programs
     /// run with a libc of their own.
     Sid,
@@ -29,6 +31,7 @@ impl Suite {
         match self {
             Self::Bookworm => "bookworm",
             Self::BookwormBackports => "bookworm-backports",
+            Self::Trixie => "trixie",
             Self::Sid => "sid",
         }
     }
@@ -38,6 +41,7 @@ impl Suite {
         match self {
             Self::Bookworm => &[Self::Bookworm],
             Self::BookwormBackports => &[Self::Bookworm, Self::BookwormBackports],
+            Self::Trixie => &[Self::Trixie],
             Self::Sid => &[Self::Sid],
         }
     }
@@ -46,7 +50,7 @@ impl Suite {
     pub(crate) const fn runs_beside(self) -> Installed {
         match self {
             Self::Bookworm | Self::BookwormBackports => Installed::Machine,
-            Self::Sid => Installed::Nothing,
+            Self::Trixie | Self::Sid => Installed::Nothing,
         }
     }
 }

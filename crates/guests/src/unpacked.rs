@@ -10,16 +10,24 @@ const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"
 const LOADER: &str = "ld-linux-x86-64.so.2";
 
 /// The command that starts `name` of QEMU's packages below `root`.
+pub(crate) fn program(root: &Path, name: &str) -> Command {
+    let mut command = program_at(root, &Path::new("usr/bin").join(name));
+    let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
+    command.env("QEMU_MODULE_DIR", root.join(LIBRARIES[0]).join("qemu"));
+    command
+}
+
+/// The command that starts the program at `path` below `root`.
 ///
 /// Where a libc was unpacked too, its own loader starts the program: the
 /// machine's loader with another libc crashes, and so does every child that
 /// inherits `LD_LIBRARY_PATH`.
-pub(crate) fn program(root: &Path, name: &str) -> Command {
+pub(crate) fn program_at(root: &Path, path: &Path) -> Command {
     // A program may be started in another folder.
     let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
-    let program = root.join("usr/bin").join(name);
+    let program = root.join(path);
     let libraries = LIBRARIES.map(|path| root.join(path).display().to_string()).join(":");
-    let mut command = match loader(&root) {
+    match loader(&root) {
         Some(loader) => {
             let mut command = Command::new(loader);
             command.arg("--library-path").arg(libraries).arg(program);
@@ -30,9 +38,7 @@ pub(crate) fn program(root: &Path, name: &str) -> Command {
             command.env("LD_LIBRARY_PATH", libraries);
             command
         }
-    };
-    command.env("QEMU_MODULE_DIR", root.join(LIBRARIES[0]).join("qemu"));
-    command
+    }
 }
 
 fn loader(root: &Path) -> Option<PathBuf> {

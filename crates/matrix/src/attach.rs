@@ -4,6 +4,7 @@ use ringfence_dma::Memory;
 use ringfence_driver::embedded::DeviceEnd;
 use ringfence_policy::{Addressing, Identity};
 use ringfence_ring::{DeviceQueue, Format, Indirect, Layout, LayoutError, Notifications, Position, Rules};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::{fmt, io};
@@ -129,8 +130,8 @@ impl<S: Slot> DeviceEnd for Attached<S> {
 
     fn turn(&mut self, queue: u16) -> bool {
         let Some(served) = self.queues.get_mut(&queue) else { return false };
-        match served.turn(Look::Thorough) {
-            Ok(turn) => turn.worked,
+        match turn(served) {
+            Ok(worked) => worked,
             Err(broken) => {
                 self.queues.remove(&queue);
                 self.slot.halted(queue, Halt::Broken(broken));
@@ -144,6 +145,25 @@ impl<S: Slot> DeviceEnd for Attached<S> {
         self.queues.clear();
     }
 }
+
+/// A turn; where that comes to nothing and the device has something under way, another one when that is done.
+fn turn<M: Memory>(queue: &mut Queue<M>) -> Result<bool, Broken> {
+    let turn = queue.turn(Look::Thorough)?;
+    if turn.worked || queue.under_way() == 0 {
+        return Ok(turn.worked);
+    }
+    if !queue.listen()?
+        && let Some(done) = queue.completion_fd()
+    {
+        // Who waits in vain gives up as with a device that never answers.
+        let _ = poll(&mut [PollFd::new(&done, PollFlags::IN)], Some(&ANSWER));
+    }
+    queue.ignore()?;
+    queue.turn(Look::Thorough).map(|turn| turn.worked)
+}
+
+/// How long a device may take for a request.
+const ANSWER: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
 /// What a device offers that has rings of these rules, or of lesser ones.
 fn ring_features(rules: Rules) -> u64 {

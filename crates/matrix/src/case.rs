@@ -82,6 +82,8 @@ impl Case {
             DeviceKind::OldEmulated => "old-emulated",
             DeviceKind::NewEmulated => "new-emulated",
             DeviceKind::NewEmulatedRequiring => "new-emulated-requiring",
+            // By the proposal's words it is a new device, whatever it is inside.
+            DeviceKind::Wrapped => "new-wrapped",
             DeviceKind::OldPhysical => "old-physical",
             DeviceKind::NewPhysical => "new-physical",
         }
@@ -228,14 +230,14 @@ mod tests {
     #[test]
     fn selections() {
         for (text, count) in [
-            ("", 160),
-            ("platform=xen", 20),
-            ("platform=x86*", 40),
-            ("platform=x86", 20),
-            ("platform!=x86*|xen*  driver=old", 20),
+            ("", 192),
+            ("platform=xen", 24),
+            ("platform=x86*", 48),
+            ("platform=x86", 24),
+            ("platform!=x86*|xen*  driver=old", 24),
             ("device=old-*,driver!=old,platform=xen|arm64*", 18),
             ("platform=xen platform=x86", 0),
-            ("source=embedded", 160),
+            ("source=embedded", 192),
             ("source=real", 0),
         ] {
             let select: Select = text.parse().unwrap();

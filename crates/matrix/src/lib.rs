@@ -27,6 +27,7 @@ mod grants;
 mod machine;
 mod sides;
 mod verdict;
+mod wrapped;
 mod xen;
 
 pub mod compatibility;

@@ -1,9 +1,11 @@
 //! A cell's world, and what can be seen in it.
 
+use crate::wrapped::Plain;
 use crate::{
     Area, Attached, Bus, Case, Damage, DriverKind, FrameTable, Grants, Halt, Machine, OWN, PAGE, Slot, Touch, Trace,
     XenDma,
 };
+use ringfence_device::Device;
 use ringfence_device::blk::{self, Blk as Disk};
 use ringfence_device::queue::Report;
 use ringfence_device::storage::{Memory as MemoryDisk, Storage};
@@ -263,7 +265,9 @@ pub fn observe(case: Case, parts: &dyn Parts) -> Observation {
         complaints: complaints.clone(),
     };
     let mode = parts.mode(case);
-    let mut transport = Embedded::new(attach(&storage, slot), mode).with_patience(PATIENCE);
+    let process = (case.device == DeviceKind::Wrapped).then(|| Plain::serve(disk(&storage)));
+    let device = process.as_ref().map_or_else(|| disk(&storage), Plain::wrapped);
+    let mut transport = Embedded::new(Attached::new(device, slot, RINGS, QUEUE_SIZE), mode).with_patience(PATIENCE);
 
     let buffers = Buffers::new(&world.machine);
     let allowed = [allow(case)];
@@ -439,7 +443,8 @@ fn content(storage: &Arc<dyn Storage>) -> Content {
     let world = World::new(Platform::X86);
     let bus = Bus::plain(&world.machine, &world.trace);
     let slot = Socket { bus: Mutex::new(Some(bus)), agreed: Agreed::default(), complaints: Complaints::default() };
-    let transport = Embedded::new(attach(storage, slot), IommuMode::Off).with_patience(PATIENCE);
+    let attached = Attached::new(disk(storage), slot, RINGS, QUEUE_SIZE);
+    let transport = Embedded::new(attached, IommuMode::Off).with_patience(PATIENCE);
     let direct = Direct::new(world.machine.buffer(Area::RINGS));
     let host = Host { platform: Platform::X86, policy: DriverPolicy::Old, physical: Some(&direct), translated: None };
     let into = world.machine.buffer(Area::BUFFERS).sub(0, CAPACITY);
@@ -457,9 +462,9 @@ fn content(storage: &Arc<dyn Storage>) -> Content {
     }
 }
 
-fn attach(storage: &Arc<dyn Storage>, slot: Socket) -> Attached<Socket> {
+fn disk(storage: &Arc<dyn Storage>) -> Arc<dyn Device> {
     let options = blk::Options { queues: 1, queue_size: QUEUE_SIZE, serial: "matrix".into() };
-    Attached::new(Arc::new(Disk::new(Arc::clone(storage), options)), slot, RINGS, QUEUE_SIZE)
+    Arc::new(Disk::new(Arc::clone(storage), options))
 }
 
 /// The slot of a world. It has one queue's way to memory to give away.

@@ -95,6 +95,8 @@ pub enum DeviceKind {
     NewEmulated,
     /// The same with `iommu=on`: refuses a driver that does not take the flag.
     NewEmulatedRequiring,
+    /// An old one whose VMM has somebody between it and the guest, who knows the flag and copies.
+    Wrapped,
     /// Hardware that does not know the flag, behind the host's IOMMU where there is one.
     OldPhysical,
     /// Hardware that sets the flag, behind the host's IOMMU where there is one.
@@ -112,10 +114,11 @@ pub enum Reach {
 
 impl DeviceKind {
     /// Every kind, in the order of a table.
-    pub const ALL: [DeviceKind; 5] = [
+    pub const ALL: [DeviceKind; 6] = [
         DeviceKind::OldEmulated,
         DeviceKind::NewEmulated,
         DeviceKind::NewEmulatedRequiring,
+        DeviceKind::Wrapped,
         DeviceKind::OldPhysical,
         DeviceKind::NewPhysical,
     ];
@@ -132,10 +135,12 @@ impl DeviceKind {
     pub fn mode(self, platform: Platform) -> IommuMode {
         match self {
             DeviceKind::OldEmulated | DeviceKind::OldPhysical => IommuMode::Off,
-            DeviceKind::NewEmulated | DeviceKind::NewEmulatedRequiring if platform == Platform::PpcProposed => {
+            DeviceKind::NewEmulated | DeviceKind::NewEmulatedRequiring | DeviceKind::Wrapped
+                if platform == Platform::PpcProposed =>
+            {
                 IommuMode::Off
             }
-            DeviceKind::NewEmulated | DeviceKind::NewPhysical => IommuMode::Offer,
+            DeviceKind::NewEmulated | DeviceKind::Wrapped | DeviceKind::NewPhysical => IommuMode::Offer,
             DeviceKind::NewEmulatedRequiring => IommuMode::Require,
         }
     }
@@ -146,7 +151,9 @@ impl DeviceKind {
     pub fn reach(self, platform: Platform) -> Reach {
         let past_it = match self {
             DeviceKind::OldEmulated => true,
-            DeviceKind::NewEmulated | DeviceKind::NewEmulatedRequiring => platform == Platform::PpcProposed,
+            DeviceKind::NewEmulated | DeviceKind::NewEmulatedRequiring | DeviceKind::Wrapped => {
+                platform == Platform::PpcProposed
+            }
             DeviceKind::OldPhysical | DeviceKind::NewPhysical => platform == Platform::XenGrants,
         };
         if platform.has_iommu() && !past_it { Reach::ThroughIommu } else { Reach::Untranslated }
@@ -159,6 +166,7 @@ impl fmt::Display for DeviceKind {
             DeviceKind::OldEmulated => "old emulated",
             DeviceKind::NewEmulated => "new emulated",
             DeviceKind::NewEmulatedRequiring => "new emulated, iommu=on",
+            DeviceKind::Wrapped => "old emulated, wrapped",
             DeviceKind::OldPhysical => "old physical",
             DeviceKind::NewPhysical => "new physical",
         })

@@ -185,12 +185,18 @@ fn the_rules_for_drivers() {
 fn the_rules_for_devices() {
     check(
         "new QEMU always advertises the flag, except on PPC",
-        |case| matches!(case.device, NewEmulated | NewEmulatedRequiring) && case.platform != Platform::PpcProposed,
+        |case| {
+            matches!(case.device, NewEmulated | NewEmulatedRequiring | Wrapped)
+                && case.platform != Platform::PpcProposed
+        },
         |case| case.flag_offered,
     );
     check(
         "on PPC new QEMU will not respect the IOMMU and will not set the flag",
-        |case| matches!(case.device, NewEmulated | NewEmulatedRequiring) && case.platform == Platform::PpcProposed,
+        |case| {
+            matches!(case.device, NewEmulated | NewEmulatedRequiring | Wrapped)
+                && case.platform == Platform::PpcProposed
+        },
         |case| !case.flag_offered && case.outcome == Outcome::Bypass,
     );
     check(
@@ -200,7 +206,7 @@ fn the_rules_for_devices() {
     );
     check(
         "new QEMU always respects the IOMMU, if any, except on PPC",
-        |case| case.device == NewEmulated && case.platform != Platform::PpcProposed,
+        |case| matches!(case.device, NewEmulated | Wrapped) && case.platform != Platform::PpcProposed,
         |case| case.outcome != Outcome::Bypass,
     );
 }
@@ -227,7 +233,7 @@ fn this_results_in() {
         "new kernels work with new devices under all circumstances, except on PPC",
         |case| {
             case.driver != "old"
-                && matches!(case.device, NewEmulated | NewEmulatedRequiring | NewPhysical)
+                && matches!(case.device, NewEmulated | NewEmulatedRequiring | Wrapped | NewPhysical)
                 && case.platform != Platform::PpcProposed
                 && (case.platform, case.device) != (Platform::XenGrants, NewPhysical)
         },
@@ -248,7 +254,7 @@ fn this_results_in() {
         |case| {
             matches!(case.platform, Platform::Xen | Platform::XenGrants)
                 && case.driver != "old"
-                && matches!(case.device, NewEmulated | NewEmulatedRequiring)
+                && matches!(case.device, NewEmulated | NewEmulatedRequiring | Wrapped)
         },
         |case| case.outcome == Outcome::Translated,
     );

@@ -60,6 +60,8 @@ struct State {
     status: u8,
     /// The configuration space as last seen.
     config: Vec<u8>,
+    /// How often anything changed that a back-end has to be told: what `taken` and `status` are, which queues run.
+    changes: u64,
 }
 
 impl Wrapped {
@@ -80,7 +82,7 @@ impl Wrapped {
             bell: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
             end: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
-            state: Mutex::new(State { config: remember(&link), link: Some(Arc::new(link)), taken: None, status: 0 }),
+            state: Mutex::new(State { config, link: Some(Arc::new(link)), taken: None, status: 0, changes: 0 }),
             seats: Mutex::new((0..profile.queues).map(|_| None).collect()),
             dialing: Mutex::new(None),
             options,
@@ -203,6 +205,7 @@ impl Device for Wrapped {
     fn take(&self, features: u64) -> io::Result<()> {
         let state = &mut *lock(&self.shared.state);
         state.taken = Some(features);
+        state.changes += 1;
         match &state.link {
             Some(link) => refused_or_gone(link, link.agree(self.shared.options.kind, features)),
             None => Ok(()),
@@ -212,6 +215,7 @@ impl Device for Wrapped {
     fn set_status(&self, status: u8) {
         let state = &mut *lock(&self.shared.state);
         state.status = status;
+        state.changes += 1;
         if let Some(link) = &state.link {
             tell_failure(link.set_status(status));
         }
@@ -220,6 +224,7 @@ impl Device for Wrapped {
     fn reset(&self) {
         let state = &mut *lock(&self.shared.state);
         (state.status, state.taken) = (0, None);
+        state.changes += 1;
         if let Some(link) = &state.link {
             tell_failure(link.reset());
         }
@@ -235,6 +240,7 @@ impl Device for Wrapped {
         let handler = Bounce::new(Arc::clone(shared), Arc::clone(&seat), depth)?;
         let state = &mut *lock(&shared.state);
         state.taken = Some(features);
+        state.changes += 1;
         if let Some(link) = &state.link {
             let started = link.agree(shared.options.kind, features).and_then(|()| link.start(&seat));
             let started = started.map(|ring| seat.move_to(ring));
@@ -306,7 +312,8 @@ impl Shared {
     /// `seat`'s thread ends, whose ring is at `current`, with so many requests `unended` there.
     pub(crate) fn leave(&self, seat: &Arc<Seat>, current: Option<&Arc<Link>>, unended: usize) {
         // Nobody starts queues meanwhile.
-        let _state = lock(&self.state);
+        let mut state = lock(&self.state);
+        state.changes += 1;
         lock(&self.seats)[usize::from(seat.index)].take_if(|there| Arc::ptr_eq(there, seat));
         // The last that it was to move to: it may not have come to that.
         let next = seat.take_next();
@@ -425,7 +432,8 @@ fn reconnect(shared: &Shared) {
     }
 }
 
-/// Has the back-end at the other end of `stream` do what the last one did.
+/// Has the back-end at the other end of `stream` do what the last one did. Where the VMM wants something else before that
+/// is done there is no back-end yet, and the next try is for what it wants then.
 fn install(shared: &Shared, stream: UnixStream) -> Result<(), LinkError> {
     let kind = shared.options.kind;
     let path = || shared.options.backend.clone();
@@ -440,18 +448,27 @@ fn install(shared: &Shared, stream: UnixStream) -> Result<(), LinkError> {
     }
     let link = Arc::new(link);
     let config = remember(&link);
-    let state = &mut *lock(&shared.state);
-    let mut rings = Vec::new();
-    if let Some(taken) = state.taken {
-        link.agree(kind, taken)?;
+    // It may take its time to answer: nobody else waits for it meanwhile.
+    let (taken, status, seats, changes) = {
+        let state = lock(&shared.state);
         let seats: Vec<_> = lock(&shared.seats).iter().flatten().cloned().collect();
+        (state.taken, state.status, seats, state.changes)
+    };
+    let mut rings = Vec::new();
+    if let Some(taken) = taken {
+        link.agree(kind, taken)?;
         for seat in seats {
             let ring = link.start(&seat)?;
             rings.push((seat, ring));
         }
-        if state.status != 0 {
-            link.set_status(state.status).map_err(|error| LinkError::Client { path: path(), error })?;
+        if status != 0 {
+            link.set_status(status).map_err(|error| LinkError::Client { path: path(), error })?;
         }
+    }
+    let state = &mut *lock(&shared.state);
+    if state.changes != changes {
+        // What it was told is not what is so now. Another connection is told anew.
+        return Ok(());
     }
     let running = rings.len();
     rings.into_iter().for_each(|(seat, ring)| seat.move_to(ring));

@@ -1,9 +1,10 @@
 //! One connection to a back-end, with the memory that it was given.
 
+use crate::Options;
 use crate::arena::{Arena, RingMemory};
 use crate::kind::Kind;
 use crate::seat::Seat;
-use crate::{Options, seat};
+use ringfence_device::Bell;
 use ringfence_dma::{BusAddr, Permission};
 use ringfence_hostmem::MapError;
 use ringfence_ring::{DriverQueue, Format, Indirect, LayoutError, Notifications, Position, Rules};
@@ -114,14 +115,14 @@ pub(crate) struct Profile {
 pub(crate) struct Incarnation {
     pub(crate) link: Arc<Link>,
     pub(crate) ring: DriverQueue<RingMemory>,
-    pub(crate) kick: OwnedFd,
+    kick: Bell,
     pub(crate) call: OwnedFd,
 }
 
 impl Incarnation {
     /// Tells the back-end that there is something.
-    pub(crate) fn kick(&self) {
-        seat::ring(&self.kick);
+    pub(crate) fn kick(&mut self) {
+        self.kick.ring();
     }
 }
 
@@ -251,7 +252,7 @@ impl Link {
             call: Some(call.as_fd()),
         };
         self.frontend.start_vring(&vring).map_err(|error| self.failed(error))?;
-        Ok(Incarnation { link: Arc::clone(self), ring, kick, call })
+        Ok(Incarnation { link: Arc::clone(self), ring, kick: Bell::new(kick), call })
     }
 
     /// Stops a queue in which nothing is under way.

@@ -33,8 +33,9 @@ pub(crate) struct Pool {
 struct Inner {
     /// A bit a page, set where it is taken; those behind the last page are set for good.
     taken: Box<[u64]>,
-    /// Where to look first.
-    next: usize,
+    /// No page before this one is free. Those that were used last are used next: they are in caches, and of a pool no more
+    /// is ever touched than was needed at a time.
+    low: usize,
     /// The queues that wait for room, oldest first.
     line: VecDeque<u16>,
 }
@@ -45,7 +46,7 @@ impl Pool {
         for page in pages..taken.len() * 64 {
             set(&mut taken, page, 1, true);
         }
-        Self { base, pages, inner: Mutex::new(Inner { taken, next: 0, line: VecDeque::new() }) }
+        Self { base, pages, inner: Mutex::new(Inner { taken, low: 0, line: VecDeque::new() }) }
     }
 
     /// How many pages there are, taken or not.
@@ -63,7 +64,9 @@ impl Pool {
             Some(first) => {
                 inner.line.pop_front();
                 set(&mut inner.taken, first, pages, true);
-                inner.next = first + pages;
+                if first == inner.low {
+                    inner.low += pages;
+                }
                 Some((Extent { first: self.base + first, pages }, inner.line.front().copied()))
             }
             None => {
@@ -80,6 +83,7 @@ impl Pool {
         let inner = &mut *self.lock();
         let first = extent.first.checked_sub(self.base).expect("an extent of this pool");
         set(&mut inner.taken, first, extent.pages, false);
+        inner.low = inner.low.min(first);
         inner.line.front().copied()
     }
 
@@ -97,14 +101,10 @@ impl Pool {
 }
 
 impl Inner {
-    /// The first of `pages` free ones in a row, looked for from `next` on and then from the start.
+    /// The first of `pages` free ones in a row.
     fn find(&self, pages: usize) -> Option<usize> {
-        let end = self.taken.len() * 64;
-        self.run(self.next, end, pages).or_else(|| self.run(0, (self.next + pages).min(end), pages))
-    }
-
-    fn run(&self, from: usize, to: usize, pages: usize) -> Option<usize> {
-        let (mut at, mut free) = (from, 0);
+        let to = self.taken.len() * 64;
+        let (mut at, mut free) = (self.low, 0);
         while at < to {
             let word = self.taken[at / 64] >> (at % 64);
             // As many alike as this word tells, at least one.

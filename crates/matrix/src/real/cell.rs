@@ -40,6 +40,8 @@ pub enum Device {
     ServeBlk(IommuMode, Keep),
     /// qemu-storage-daemon, which knows no flag; QEMU is told to want it, or not.
     StorageDaemon(VirtioFlag),
+    /// The same behind `ringfence wrap`: an old device become a new one.
+    Wrapped(IommuMode),
 }
 
 /// How long `ringfence serve blk` keeps translations.
@@ -69,6 +71,9 @@ const DEVICES: [Device; 7] = [
     Device::StorageDaemon(VirtioFlag::On),
 ];
 
+/// What Linux meets where the machine is one of each kind: how the IOMMU works is no business of who is wrapped.
+const WRAPPED: [Device; 2] = [Device::Wrapped(IommuMode::Offer), Device::Wrapped(IommuMode::Require)];
+
 /// What a driver that does not know the flag meets.
 const OLD_DRIVERS_MEET: [Device; 4] = [QEMU_OFF, QEMU_ON, OFFER, REQUIRE];
 
@@ -85,6 +90,9 @@ impl Cell {
                 cells.extend(devices.iter().map(|&device| Cell { platform, driver, device }));
             };
             meet(Driver::Linux, &DEVICES);
+            if let "x86-none" | "x86-intel-lazy" | "x86-virtio-iommu" | "arm64-smmuv3-lazy" = platform.name {
+                meet(Driver::Linux, &WRAPPED);
+            }
             match platform.name {
                 "x86-amd" => meet(Driver::Linux, &KEPT),
                 // One of each: how often an IOMMU forgets is of no matter to who never asks it.
@@ -140,6 +148,7 @@ impl Cell {
                 DeviceKind::OldEmulated
             }
             Device::ServeBlk(IommuMode::Offer, _) => DeviceKind::NewEmulated,
+            Device::Wrapped(_) => DeviceKind::Wrapped,
             Device::QemuBlk(VirtioFlag::On) | Device::ServeBlk(IommuMode::Require, _) => {
                 DeviceKind::NewEmulatedRequiring
             }
@@ -164,7 +173,7 @@ impl Cell {
             (Driver::LinuxLegacy, Device::ServeBlk(..)) => VirtioFlag::Off,
             (_, Device::QemuBlk(flag) | Device::StorageDaemon(flag)) => flag,
             (_, Device::ServeBlk(IommuMode::Off, _)) => VirtioFlag::Off,
-            (_, Device::ServeBlk(IommuMode::Offer | IommuMode::Require, _)) => VirtioFlag::On,
+            (_, Device::ServeBlk(IommuMode::Offer | IommuMode::Require, _) | Device::Wrapped(_)) => VirtioFlag::On,
         }
     }
 }
@@ -193,6 +202,8 @@ impl Device {
             Device::ServeBlk(IommuMode::Require, _) => "serve-blk-require",
             Device::StorageDaemon(VirtioFlag::Off) => "storage-daemon-off",
             Device::StorageDaemon(VirtioFlag::On) => "storage-daemon-on",
+            Device::Wrapped(IommuMode::Require) => "wrapped-storage-daemon-require",
+            Device::Wrapped(_) => "wrapped-storage-daemon-offer",
         }
     }
 }
@@ -234,6 +245,7 @@ mod tests {
         assert_eq!(count("platform=xen-dom0"), count("platform=xen driver=new") - 7 + 4);
         assert_eq!(count("platform=x86-amd driver=linux"), 9);
         assert_eq!(count("platform=x86-none device=old-emulated driver=new"), 4);
+        assert_eq!(count("device=new-wrapped"), 8);
         assert_eq!(count("platform!=x86* device=serve-blk-require driver=linux"), 6);
     }
 }

@@ -37,7 +37,7 @@ impl Kit {
         let series: BTreeSet<_> =
             cells.iter().filter(linux).map(|cell| (cell.platform.kernel, cell.platform.arch)).collect();
         let xen = cells.iter().any(|cell| cell.platform.hypervisor == Hypervisor::Xen);
-        let daemon = cells.iter().any(|cell| matches!(cell.device, Device::StorageDaemon(_)));
+        let daemon = cells.iter().any(|cell| matches!(cell.device, Device::StorageDaemon(_) | Device::Wrapped(_)));
         Self {
             qemus: qemus(cache, source, &arches),
             busyboxes: series.iter().map(|&(_, arch)| (arch, part(cache.busybox(arch)))).collect(),

@@ -7,8 +7,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ringfence_guests::{Backend, Boot, Disk, End, Error, Image, Interface, Qemu, StorageDaemon, System, Watch};
+use ringfence_policy::IommuMode;
 
-use super::cell::{Cell, Device, Driver};
+use super::cell::{Cell, Device, Driver, Keep};
 use super::seen::{Counts, Seen, Server, flag_in};
 use super::session::Options;
 
@@ -47,13 +48,27 @@ pub(crate) fn boot(cell: &Cell, parts: &Parts<'_>, options: &Options<'_>) -> Res
     let &Parts { qemu, system, storage_daemon } = parts;
     let folder = ringfence_guests::scratch()?;
     let image = Image::create(&folder.path().join("disk"), seed(cell))?;
-    let [socket, server_log] = ["socket", "log"].map(|name| folder.path().join(name));
+    let [socket, server_log, plain, daemon_log] =
+        ["socket", "log", "plain", "daemon-log"].map(|name| folder.path().join(name));
+    // Held until the guest is over.
+    let wrapped = match (cell.device, storage_daemon) {
+        (Device::Wrapped(_), Some(daemon)) => {
+            Some(Backend::start(daemon.export(image.path(), &plain), &plain, &daemon_log)?)
+        }
+        _ => None,
+    };
     let command = match cell.device {
         Device::QemuBlk(_) => None,
-        Device::ServeBlk(..) => Some(serve(cell, options.server, &image, &socket)),
+        Device::ServeBlk(mode, keep) => Some(serve(options.server, (mode, keep), &image, &socket)),
         Device::StorageDaemon(_) => storage_daemon.map(|daemon| daemon.export(image.path(), &socket)),
+        Device::Wrapped(mode) => Some(wrap(options.server, mode, &plain, &socket)),
     };
     let backend = command.map(|command| Backend::start(command, &socket, &server_log)).transpose()?;
+    let plain_back_end = match cell.device {
+        Device::StorageDaemon(_) => backend.as_ref(),
+        _ => wrapped.as_ref(),
+    };
+    let shared = Slot::new(None);
     let outcome = Boot {
         qemu,
         platform: cell.platform,
@@ -62,29 +77,45 @@ pub(crate) fn boot(cell: &Cell, parts: &Parts<'_>, options: &Options<'_>) -> Res
         platform_access: cell.flag(),
         interface: if cell.driver == Driver::LinuxLegacy { Interface::Transitional } else { Interface::Modern },
         timeout: options.timeout,
-        watch: &watch(backend.as_ref(), options),
+        watch: &watch(backend.as_ref(), plain_back_end, &shared, options),
     }
     .run()?;
-    let served = backend.as_ref().map(|backend| format!("--- server\n{}", backend.log())).unwrap_or_default();
-    let log = outcome.log() + &served;
+    let logs = [("server", &backend), ("wrapped", &wrapped)];
+    let logs = logs.map(|(name, of)| of.as_ref().map_or_else(String::new, |of| format!("--- {name}\n{}", of.log())));
+    let log = outcome.log() + &logs.concat();
     let server = match cell.device {
-        Device::ServeBlk(..) => backend.map(end_of_server),
+        Device::ServeBlk(..) | Device::Wrapped(_) => backend.map(end_of_server),
         Device::QemuBlk(_) | Device::StorageDaemon(_) => None,
     };
+    let back_end_memory = shared.take();
     let (image, initial, expected) = (image.state()?, image.initial().to_owned(), image.expected().to_owned());
-    Ok(Booted { seen: Seen { platform: cell.platform, outcome, image, initial, expected, server }, log })
+    Ok(Booted {
+        seen: Seen { platform: cell.platform, outcome, image, initial, expected, server, back_end_memory },
+        log,
+    })
 }
 
-fn serve(cell: &Cell, program: &Path, image: &Image, socket: &Path) -> Command {
-    let Device::ServeBlk(mode, keep) = cell.device else { unreachable!("only for our own server") };
+fn serve(program: &Path, (mode, keep): (IommuMode, Keep), image: &Image, socket: &Path) -> Command {
     let mut command = Command::new(program);
     command.args(["serve", "blk", "--iommu", &mode.to_string(), "--iotlb", keep.name(), "--socket"]).arg(socket);
     command.arg("--image").arg(image.path());
     command
 }
 
+fn wrap(program: &Path, mode: IommuMode, plain: &Path, socket: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.args(["wrap", "--iommu", &mode.to_string(), "--backend"]).arg(plain).arg("--socket").arg(socket);
+    command
+}
+
 /// Ends a guest whose server has refused it: it would wait for its disk for long. And every guest when we are to stop.
-fn watch<'a>(backend: Option<&'a Backend>, options: &'a Options<'_>) -> impl Fn(&str) -> Watch + use<'a> {
+/// Looks meanwhile at what memory the `plain` back-end shares with others, once the guest's driver uses it.
+fn watch<'a>(
+    backend: Option<&'a Backend>,
+    plain: Option<&'a Backend>,
+    shared: &'a Slot<Option<Vec<String>>>,
+    options: &'a Options<'_>,
+) -> impl Fn(&str) -> Watch + use<'a> {
     let refused = Slot::new(None);
     let looked = Slot::new(Instant::now());
     move |console| {
@@ -92,6 +123,10 @@ fn watch<'a>(backend: Option<&'a Backend>, options: &'a Options<'_>) -> impl Fn(
             return Watch::Enough;
         }
         let Some(backend) = backend.filter(|_| console.contains("RINGFENCE started=")) else { return Watch::On };
+        if let Some(plain) = plain {
+            let seen = shared.take();
+            shared.set(seen.or_else(|| plain.shared_memory().filter(|shared| !shared.is_empty())));
+        }
         if refused.get().is_none() && looked.get().elapsed() > LOOK {
             looked.set(Instant::now());
             refused.set(refusal(&backend.log()).map(|_| Instant::now()));

@@ -20,8 +20,10 @@ pub(crate) struct Seen {
     pub(crate) initial: String,
     /// SHA-256 of the disk as it leaves it.
     pub(crate) expected: String,
-    /// What `ringfence serve blk` logged, where it serves.
+    /// What `ringfence serve blk` or `ringfence wrap` logged, where it serves.
     pub(crate) server: Option<Server>,
+    /// The files that the back-end which knows no flag shared with others while its guest ran, as the kernel calls them.
+    pub(crate) back_end_memory: Option<Vec<String>>,
 }
 
 /// What our server said and did.

@@ -118,7 +118,7 @@ fn one(cell: &Cell, kit: &Kit, options: &Options<'_>, logs: &Logs) -> Record {
 fn parts<'k>(cell: &Cell, kit: &'k Kit) -> Result<(Parts<'k>, &'k str), Missing> {
     let (qemu, version) = kit.qemu(cell)?;
     let storage_daemon = match cell.device {
-        Device::StorageDaemon(_) => Some(kit.storage_daemon()?),
+        Device::StorageDaemon(_) | Device::Wrapped(_) => Some(kit.storage_daemon()?),
         Device::QemuBlk(_) | Device::ServeBlk(..) => None,
     };
     Ok((Parts { qemu, system: kit.system(cell)?, storage_daemon }, version))

@@ -127,6 +127,9 @@ fn failure(seen: &Seen) -> (Verdict, String) {
     (Verdict::FailsSilently, what)
 }
 
+/// As QEMU calls the file that is the guest's memory.
+const GUEST_MEMORY: &str = "memfd:memory-backend-memfd";
+
 /// What has to hold in every cell, and does not.
 pub(crate) fn flaws(seen: &Seen, verdict: Verdict) -> Vec<String> {
     let mut flaws = Vec::new();
@@ -144,6 +147,13 @@ pub(crate) fn flaws(seen: &Seen, verdict: Verdict) -> Vec<String> {
     // Firmware is refused too, and may never hand over.
     if verdict == Verdict::RefusedByDevice && refused_to_start(seen).is_none() && seen.guest().status.is_none() {
         flaws.push("the guest's own driver did not come to be refused".to_owned());
+    }
+    let unwrapped = seen.server.is_none();
+    match seen.back_end_memory.as_ref().map(|shared| shared.iter().any(|name| name.contains(GUEST_MEMORY))) {
+        Some(true) if !unwrapped => flaws.push("the wrapped back-end has the guest's memory mapped".to_owned()),
+        // So that the line above means something.
+        Some(false) if unwrapped => flaws.push("a back-end serves without the guest's memory".to_owned()),
+        _ => {}
     }
     let Some(server) = &seen.server else { return flaws };
     if let Err(end) = &server.end {
@@ -219,6 +229,7 @@ pub(crate) fn evidence(seen: &Seen) -> Map<String, Value> {
             json!(format!("misses={misses} updates={updates} invalidations={invalidations} faults={faults}")),
         );
     }
+    put("back_end_memory", json!(seen.back_end_memory));
     put("damage", json!(text(seen.damage_lines())));
     put("disk", json!(disk_words(seen.image)));
     if seen.guest().written.is_none() {
@@ -298,7 +309,8 @@ mod tests {
             Translation { bus: 0x1000, machine: 0xfee0_0000 },
         ];
         let (initial, expected) = (READ.to_owned(), WRITTEN.to_owned());
-        Seen { platform, outcome, image: ImageState::Written, initial, expected, server: None }
+        let image = ImageState::Written;
+        Seen { platform, outcome, image, initial, expected, server: None, back_end_memory: None }
     }
 
     fn good() -> Seen {
@@ -418,6 +430,10 @@ mod tests {
             ring_at(seen, 0x100_0000);
         });
         assert!(contradiction[0].contains("asked for 3 translations"), "{contradiction:?}");
+        let mapped = |name: &str| Some(vec![name.to_owned()]);
+        assert_eq!(told(&|seen| seen.back_end_memory = mapped("/memfd:ringfence (deleted)")), [""; 0]);
+        let guests = "/memfd:memory-backend-memfd (deleted)";
+        assert!(told(&|seen| seen.back_end_memory = mapped(guests))[0].contains("the guest's memory"));
         let deaf = told(&|seen| seen.server.as_mut().unwrap().refusal = Some("IOMMU".to_owned()));
         assert_eq!(deaf, ["the server serves nobody after a refusal"]);
         assert_eq!(told(&|seen| seen.outcome.virtio = None), [""; 0], "the IOMMU's pages are addresses too");

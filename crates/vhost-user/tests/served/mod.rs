@@ -6,7 +6,7 @@
 use ringfence_device::blk::{self, Blk as Disk};
 use ringfence_device::storage;
 use ringfence_dma::{Access, Buffer, BusAddr, DmaError, FrontendVa, Gpa, HostSlice, Mapped, Mapper, Permission};
-use ringfence_driver::blk::{Blk, BlkError, Options, RequestError};
+use ringfence_driver::blk::{Blk, BlkError, Completion, Options, RequestError};
 use ringfence_driver::policy::{DriverPolicy, Platform};
 use ringfence_driver::{Host, StartError};
 use ringfence_hostmem::{Placement, SharedMemory};
@@ -183,6 +183,16 @@ fn pattern(round: u64, page: usize) -> [u8; PAGE] {
         word.copy_from_slice(&number.to_le_bytes());
     }
     bytes
+}
+
+/// The next request that ends.
+pub(crate) fn completed<M: Mapper>(disk: &mut Driven<'_, M>) -> Completion {
+    loop {
+        disk.wait().unwrap();
+        if let Some(completion) = disk.poll().unwrap() {
+            break completion;
+        }
+    }
 }
 
 pub(crate) fn assert_io_error(result: Result<(), BlkError<TransportError>>) {

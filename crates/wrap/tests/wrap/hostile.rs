@@ -106,15 +106,47 @@ fn a_queue_stops_though_the_back_end_is_silent() {
     let transport = disk.device_mut().transport_mut();
     let base = transport.pause(0).unwrap();
     transport.resume(0, base).unwrap();
-    let completion = loop {
-        disk.wait().unwrap();
-        if let Some(completion) = disk.poll().unwrap() {
-            break completion;
-        }
-    };
-    assert_eq!(completion, Completion { id, result: Ok(Answer::Done) });
+    assert_eq!(served::completed(&mut disk), Completion { id, result: Ok(Answer::Done) });
     assert_eq!(served::bytes(buffers[0]), [0x77; PAGE]);
     assert_eq!(backend.connections(), 2);
+}
+
+/// Nobody waits in a write to a descriptor that the back-end has too.
+#[test]
+fn a_queue_stops_though_the_back_end_fills_what_it_is_kicked_by() {
+    let backend = Scripted::start(&[Act::FillsKick]);
+    let wrapped = wrap(options(&backend.socket));
+    driven!(wrapped => frontend, disk);
+    let buffers = [frontend.buffer((BUFFERS.0, PAGE))];
+    disk.read(0, &buffers).unwrap();
+    let id = disk.submit(Request::Read { sector: 8, into: &buffers }).unwrap();
+    disk.notify().unwrap();
+    backend.has_taken(2);
+    let transport = disk.device_mut().transport_mut();
+    let base = transport.pause(0).unwrap();
+    transport.resume(0, base).unwrap();
+    assert_eq!(served::completed(&mut disk), Completion { id, result: Ok(Answer::Done) });
+    assert_eq!(backend.connections(), 2);
+}
+
+/// Whoever is slow to be made acquaintance with keeps the VMM from nothing.
+#[test]
+fn nobody_waits_for_a_back_end_that_does_not_answer_at_first() {
+    let backend = Scripted::start(&[Act::Dies, Act::Deaf]);
+    let wrapped = wrap(options(&backend.socket));
+    driven!(wrapped => frontend, disk);
+    let buffers = [frontend.buffer((BUFFERS.0, PAGE))];
+    disk.submit(Request::Read { sector: 8, into: &buffers }).unwrap();
+    disk.notify().unwrap();
+    while backend.connections() < 2 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // Long enough for the memory table, on which it is stuck.
+    std::thread::sleep(Duration::from_millis(300));
+    let mut capacity = [0; 8];
+    frontend.client.config(0, &mut capacity).unwrap();
+    assert_eq!(u64::from_le_bytes(capacity), (8 << 20) / 512);
+    assert_eq!((backend.connections(), backend.ended()), (2, 1), "it was waited for");
 }
 
 /// Notes where everything is mapped.

@@ -4,7 +4,7 @@ use ringfence_dma::HostSlice;
 use ringfence_hostmem::Regions;
 use ringfence_vhost_user::channel::{Channel, Received};
 use ringfence_vhost_user::wire::{NeedReply, ProtocolFeatures, Reply, Request, VringAddr};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -39,6 +39,10 @@ pub(crate) enum Act {
     Rewrites,
     /// What is no message.
     Babbles,
+    /// It makes the eventfd that it is kicked by blocking, fills it, and never reads it again.
+    FillsKick,
+    /// It does not answer to the memory table.
+    Deaf,
     /// It says no to the memory table.
     Refuses,
     /// Whatever this number leads to: bytes anywhere in its memory, used entries and indices of any kind, and now and then
@@ -52,6 +56,7 @@ pub(crate) struct Scripted {
     pub(crate) disk: Arc<Mutex<Vec<u8>>>,
     connections: Arc<AtomicUsize>,
     requests: Arc<AtomicUsize>,
+    ended: Arc<AtomicUsize>,
     end: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
     _folder: tempfile::TempDir,
@@ -64,11 +69,11 @@ impl Scripted {
         let socket = folder.path().join("scripted.sock");
         let listener = UnixListener::bind(&socket).unwrap();
         let disk = Arc::new(Mutex::new(vec![0; 8 << 20]));
-        let [connections, requests]: [Arc<AtomicUsize>; 2] = Default::default();
+        let [connections, requests, ended]: [Arc<AtomicUsize>; 3] = Default::default();
         let end = Arc::<AtomicBool>::default();
         let thread = std::thread::spawn({
             let (disk, connections, end) = (Arc::clone(&disk), Arc::clone(&connections), Arc::clone(&end));
-            let requests = Arc::clone(&requests);
+            let (requests, ended) = (Arc::clone(&requests), Arc::clone(&ended));
             let mut acts = VecDeque::from(acts.to_vec());
             move || {
                 loop {
@@ -79,10 +84,11 @@ impl Scripted {
                     connections.fetch_add(1, Ordering::Relaxed);
                     let act = acts.pop_front().unwrap_or(Act::Honest);
                     Connection::new(stream, act, Arc::clone(&disk), Arc::clone(&requests)).run();
+                    ended.fetch_add(1, Ordering::Relaxed);
                 }
             }
         });
-        Self { socket, disk, connections, requests, end, thread: Some(thread), _folder: folder }
+        Self { socket, disk, connections, requests, ended, end, thread: Some(thread), _folder: folder }
     }
 
     /// Waits until there were so many requests.
@@ -90,6 +96,11 @@ impl Scripted {
         while self.requests.load(Ordering::Relaxed) < requests {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
+    }
+
+    /// How many connections have ended.
+    pub(crate) fn ended(&self) -> usize {
+        self.ended.load(Ordering::Relaxed)
     }
 
     /// How many connections there were.
@@ -121,6 +132,7 @@ struct Connection {
     next: u16,
     used: u16,
     random: RefCell<u64>,
+    filled: bool,
 }
 
 impl Connection {
@@ -137,6 +149,7 @@ impl Connection {
             call: None,
             next: 0,
             used: 0,
+            filled: false,
             random: RefCell::new(if let Act::Wild(seed) = act { seed } else { 1 }),
         }
     }
@@ -156,6 +169,11 @@ impl Connection {
                             let _ = rustix::io::write(&self.channel, &[0xff; 64]);
                             return;
                         }
+                        if self.act == Act::Deaf && matches!(request, Request::SetMemTable(_)) {
+                            // Until it is hung up on.
+                            let _ = poll(&mut [PollFd::new(&self.channel, PollFlags::RDHUP)], None);
+                            return;
+                        }
                         let refuse = self.act == Act::Refuses && matches!(request, Request::SetMemTable(_));
                         let reply = self.answer(request);
                         let wanted = message.header.need_reply == NeedReply::Yes;
@@ -171,7 +189,19 @@ impl Connection {
                 }
             }
             if kicked && let Some(kick) = &self.kick {
+                if self.filled {
+                    // It goes on hearing its front-end, and sees what it is given.
+                    let pause = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+                    poll(&mut [PollFd::new(&self.channel, PollFlags::IN)], Some(&pause)).unwrap();
+                    self.count_available();
+                    continue;
+                }
                 let _ = rustix::io::read(kick, &mut [0; 8]);
+                if self.act == Act::FillsKick {
+                    rustix::fs::fcntl_setfl(kick, rustix::fs::OFlags::empty()).unwrap();
+                    rustix::io::write(kick, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+                    self.filled = true;
+                }
                 if self.serve().is_none() {
                     return;
                 }
@@ -207,6 +237,15 @@ impl Connection {
             _ => {}
         }
         None
+    }
+
+    /// Counts what is in the avail ring, taken or not.
+    fn count_available(&self) {
+        if let Some(addresses) = self.addresses {
+            let (_, va, all) = self.region();
+            let index = all.load_u16((addresses.available - va) as usize + 2, Ordering::Acquire);
+            self.requests.fetch_max(index.into(), Ordering::Relaxed);
+        }
     }
 
     fn region(&self) -> (u64, u64, HostSlice<'_>) {
@@ -256,7 +295,7 @@ impl Connection {
             }
             match act {
                 Act::Wild(_) => self.run_wild(all, ring, &buffers, &mut used, &push, head),
-                Act::Honest | Act::Rewrites => push(&mut used, head.into(), self.carry_out(&buffers)),
+                Act::Honest | Act::Rewrites | Act::FillsKick => push(&mut used, head.into(), self.carry_out(&buffers)),
                 Act::WildIndex => used = used.wrapping_add(1000),
                 Act::NeverGiven => push(&mut used, u32::from(head) ^ 1, 1),
                 Act::NoSuchChain => push(&mut used, u32::MAX, 1),
@@ -270,7 +309,7 @@ impl Connection {
                     self.carry_out(&buffers);
                     push(&mut used, head.into(), 1);
                 }
-                Act::Silent => {}
+                Act::Silent | Act::Deaf => {}
                 Act::Dies | Act::Babbles | Act::Refuses => return None,
             }
             // What follows in the avail ring is no guide any more.
