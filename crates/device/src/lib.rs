@@ -10,6 +10,7 @@ mod request;
 
 pub mod blk;
 pub mod queue;
+pub mod rng;
 pub mod storage;
 pub mod worker;
 
