@@ -19,13 +19,17 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("hal", &["dma"]),
     ("vfio", &["dma", "driver"]),
     ("vhost-user", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver"]),
+    ("vfio-user", &["policy", "dma", "ring", "iotlb", "hostmem", "device", "driver", "vhost-user"]),
     ("wrap", &["policy", "dma", "ring", "hostmem", "device", "vhost-user"]),
     ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver", "guests"]),
     ("guests", &[]),
     ("bare-metal", &["dma", "driver"]),
     (
         "ringfence",
-        &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver", "vhost-user", "wrap", "matrix"],
+        &[
+            "policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver", "vfio-user", "vhost-user", "wrap",
+            "matrix",
+        ],
     ),
 ];
 

@@ -162,7 +162,8 @@ impl Memory {
 
     /// Whether a file of it was cut short. It reads as zeroes since.
     pub(crate) fn is_lost(&self) -> bool {
-        self.grants.values().filter_map(|grant| grant.part.as_ref()).any(Part::is_lost)
+        // Not each grant: there can be many, and this is asked with each message.
+        self.files.is_lost()
     }
 
     /// DMA_MAP.

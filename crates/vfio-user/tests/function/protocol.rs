@@ -187,7 +187,8 @@ fn a_stream_that_is_lost_is_closed_and_the_next_client_served() {
         let mut stream = served.stream();
         stream.write_all(&garbage).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();
-        assert_eq!(stream.read(&mut [0; 64]).unwrap(), 0);
+        // What it had not read is why it may not be told in good order.
+        assert!(matches!(stream.read(&mut [0; 64]), Ok(0) | Err(_)));
     }
     negotiated(&served);
 }
