@@ -27,7 +27,17 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "ringfence",
         &[
-            "policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver", "vfio-user", "vhost-user", "wrap",
+            "policy",
+            "dma",
+            "ring",
+            "iotlb",
+            "iommu",
+            "hostmem",
+            "device",
+            "driver",
+            "vfio-user",
+            "vhost-user",
+            "wrap",
             "matrix",
         ],
     ),

@@ -178,7 +178,7 @@ impl Copy {
         self.bytes.slice(0, self.len).read(0, &mut now);
         let changes = match &self.known {
             Some(known) => changes(self.addr, known, &now),
-            None => vec![0..self.len],
+            None => std::iter::once(0..self.len).collect(),
         };
         for range in changes.into_iter().rev() {
             link.write(self.addr + range.start as u64, &now[range])?;
@@ -212,7 +212,8 @@ mod tests {
     #[test]
     fn changes_are_told_apart() {
         assert_eq!(changes(0, b"abcdef", b"abcdef"), []);
-        assert_eq!(changes(0x1000, b"abcdef", b"xbcdyz"), [0..6], "a descriptor goes as one");
+        let whole = changes(0x1000, b"abcdef", b"xbcdyz");
+        assert_eq!((whole.len(), &whole[0]), (1, &(0..6)), "a descriptor goes as one");
         assert_eq!(changes(0x100d, b"abcdefgh", b"xbcdefyz"), [0..1, 6..8]);
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use ringfence_guests::{Backend, Boot, Disk, End, Error, Image, Interface, Qemu, StorageDaemon, System, Watch};
 
 use super::cell::{Cell, Device, Driver};
-use super::seen::{Counts, Seen, Server, flag_in};
+use super::seen::{Counts, Seen, Server, flag_in, ring_in};
 use super::session::Options;
 
 /// How long a server may take to log the end of a connection.
@@ -50,7 +50,7 @@ pub(crate) fn boot(cell: &Cell, parts: &Parts<'_>, options: &Options<'_>) -> Res
     let [socket, server_log] = ["socket", "log"].map(|name| folder.path().join(name));
     let command = match cell.device {
         Device::QemuBlk(_) => None,
-        Device::ServeBlk(..) => Some(serve(cell, options.server, &image, &socket)),
+        Device::ServeBlk(..) | Device::Card(_) => Some(serve(cell, options.server, &image, &socket)),
         Device::StorageDaemon(_) => storage_daemon.map(|daemon| daemon.export(image.path(), &socket)),
     };
     let backend = command.map(|command| Backend::start(command, &socket, &server_log)).transpose()?;
@@ -58,7 +58,11 @@ pub(crate) fn boot(cell: &Cell, parts: &Parts<'_>, options: &Options<'_>) -> Res
         qemu,
         platform: cell.platform,
         system,
-        disk: backend.as_ref().map_or(Disk::QemuOwn(image.path()), |backend| Disk::VhostUser(backend.socket())),
+        disk: match (&backend, cell.device) {
+            (None, _) => Disk::QemuOwn(image.path()),
+            (Some(backend), Device::Card(_)) => Disk::VfioUser(backend.socket()),
+            (Some(backend), _) => Disk::VhostUser(backend.socket()),
+        },
         platform_access: cell.flag(),
         interface: if cell.driver == Driver::LinuxLegacy { Interface::Transitional } else { Interface::Modern },
         timeout: options.timeout,
@@ -68,7 +72,7 @@ pub(crate) fn boot(cell: &Cell, parts: &Parts<'_>, options: &Options<'_>) -> Res
     let served = backend.as_ref().map(|backend| format!("--- server\n{}", backend.log())).unwrap_or_default();
     let log = outcome.log() + &served;
     let server = match cell.device {
-        Device::ServeBlk(..) => backend.map(end_of_server),
+        Device::ServeBlk(..) | Device::Card(_) => backend.map(end_of_server),
         Device::QemuBlk(_) | Device::StorageDaemon(_) => None,
     };
     let (image, initial, expected) = (image.state()?, image.initial().to_owned(), image.expected().to_owned());
@@ -76,9 +80,13 @@ pub(crate) fn boot(cell: &Cell, parts: &Parts<'_>, options: &Options<'_>) -> Res
 }
 
 fn serve(cell: &Cell, program: &Path, image: &Image, socket: &Path) -> Command {
-    let Device::ServeBlk(mode, keep) = cell.device else { unreachable!("only for our own server") };
+    let (mode, how) = match cell.device {
+        Device::ServeBlk(mode, keep) => (mode, ["--iotlb", keep.name()]),
+        Device::Card(mode) => (mode, ["--transport", "vfio-user"]),
+        Device::QemuBlk(_) | Device::StorageDaemon(_) => unreachable!("only for our own server"),
+    };
     let mut command = Command::new(program);
-    command.args(["serve", "blk", "--iommu", &mode.to_string(), "--iotlb", keep.name(), "--socket"]).arg(socket);
+    command.args(["serve", "blk", "--iommu", &mode.to_string()]).args(how).arg("--socket").arg(socket);
     command.arg("--image").arg(image.path());
     command
 }
@@ -115,6 +123,7 @@ fn end_of_server(mut backend: Backend) -> Server {
         flag: log.lines().rev().find_map(flag_in),
         refusal,
         counts: log.lines().rev().find_map(Counts::parse),
+        ring: log.lines().rev().find_map(ring_in),
         complaints: complaints.take(8).map(without_time).collect(),
         serves_on,
         end: match backend.end() {
