@@ -2,7 +2,7 @@
 //! function asks. Everything waits; nothing is kept.
 //!
 //! [`Client::function`] is a PCI function to the drivers of `ringfence-driver`, and a client is an
-//! [`Iommu`](ringfence_driver::mapper::Iommu) to their mappers: what a driver lends is granted page by page, at addresses
+//! [`Iommu`] to their mappers: what a driver lends is granted page by page, at addresses
 //! that have nothing to do with where it is.
 
 use crate::wire::{
