@@ -19,6 +19,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("hal", &["dma"]),
     ("vfio", &["dma", "driver"]),
     ("vhost-user", &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver"]),
+    ("vfio-user", &["policy", "dma", "ring", "iotlb", "hostmem", "device", "driver", "vhost-user"]),
     ("wrap", &["policy", "dma", "ring", "hostmem", "device", "vhost-user"]),
     ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver", "vhost-user", "wrap", "guests"]),
     ("guests", &[]),
@@ -26,7 +27,20 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("fuzz", &["policy", "dma", "ring", "iotlb", "hostmem", "device", "vhost-user", "wrap"]),
     (
         "ringfence",
-        &["policy", "dma", "ring", "iotlb", "iommu", "hostmem", "device", "driver", "vhost-user", "wrap", "matrix"],
+        &[
+            "policy",
+            "dma",
+            "ring",
+            "iotlb",
+            "iommu",
+            "hostmem",
+            "device",
+            "driver",
+            "vfio-user",
+            "vhost-user",
+            "wrap",
+            "matrix",
+        ],
     ),
 ];
 

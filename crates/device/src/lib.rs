@@ -11,6 +11,7 @@ mod request;
 
 pub mod blk;
 pub mod queue;
+pub mod rng;
 pub mod storage;
 pub mod worker;
 

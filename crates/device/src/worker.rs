@@ -422,6 +422,11 @@ fn nap<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Res
         }
     }
     control.sleeping.store(false, Ordering::Relaxed);
+    if control.stop.load(Ordering::Relaxed) {
+        // Whoever stops a queue may have taken its ring away, as a guest does that has switched its IOMMU on over a driver
+        // that is gone: there is nothing to say there, and a fault if it is said.
+        return Ok(());
+    }
     queue.ignore()
 }
 

@@ -48,6 +48,8 @@ pub enum Disk<'a> {
     QemuOwn(&'a Path),
     /// A vhost-user-blk back-end that listens on this socket.
     VhostUser(&'a Path),
+    /// A PCI function that listens on this socket, by vfio-user.
+    VfioUser(&'a Path),
 }
 
 /// Which of virtio's two interfaces to PCI the disk has.
@@ -248,6 +250,13 @@ impl Boot<'_> {
                     .arg(format!("socket,id=backend,path={socket}"))
                     .arg("-device")
                     .arg(format!("vhost-user-blk-pci,chardev=backend,{common}"));
+            }
+            // Its registers, the flag among them, are its own business. A socket can only be named in JSON.
+            Disk::VfioUser(socket) => {
+                let path = format!("{:?}", socket.display().to_string());
+                command.arg("-device").arg(format!(
+                    r#"{{"driver":"vfio-user-pci","id":"{DEVICE}","addr":"{SLOT}","socket":{{"type":"unix","path":{path}}}}}"#
+                ));
             }
         }
     }

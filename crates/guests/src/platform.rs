@@ -137,6 +137,14 @@ pub const PLATFORMS: &[Platform] = &[
         arguments: "intel_iommu=on",
         ..INTEL
     },
+    // QEMU has to hear of what the guest maps, to grant it to a function of another process.
+    Platform {
+        name: "x86-intel-caching",
+        devices: &["intel-iommu,caching-mode=on"],
+        arguments: "intel_iommu=on",
+        trace: &["vfio_user_dma_map", "vtd_dmar_fault"],
+        ..INTEL
+    },
     // Passes accesses by in its default form, and breaks interrupts in the one that does not. Never invalidates.
     Platform { name: "x86-amd", devices: &["amd-iommu,pt=off,intremap=off"], ..AMD },
     Platform { name: "x86-amd-defaults", devices: &["amd-iommu"], ..AMD },

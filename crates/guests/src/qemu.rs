@@ -54,6 +54,11 @@ impl Qemu {
         command
     }
 
+    /// Whether the emulator of `arch` has a device of that name.
+    pub fn has_device(&self, arch: Arch, name: &str) -> bool {
+        tool::run(self.command(arch).arg("-device").arg(format!("{name},help"))).is_ok()
+    }
+
     /// What the emulator of `arch` says of its version, in one line.
     pub fn version(&self, arch: Arch) -> Result<String, Error> {
         let said = tool::run(self.command(arch).arg("--version"))?;

@@ -41,6 +41,9 @@ pub struct IommuTrace {
 const FAULTS: usize = 8;
 const PAGE: u64 = 4096;
 
+/// The largest that an IOMMU maps as one, short of all memory.
+const LARGE_PAGE: u64 = 2 << 20;
+
 impl IommuTrace {
     /// Reads QEMU's trace; an absent file is an empty one.
     pub(crate) fn read(path: &Path) -> Self {
@@ -117,6 +120,15 @@ fn translation(event: &str, rest: &str) -> Option<Translation> {
                 return None;
             }
             (field(" iova=")?, field(" translated=")?)
+        }
+        // What a function of another process is granted: with an IOMMU page by page, before that all of memory. Memory
+        // begins where its file does.
+        "vfio_user_dma_map" => {
+            let field = |name: &str| number(rest.split_once(name)?.1.split(' ').next()?);
+            if field("size ")? > LARGE_PAGE {
+                return None;
+            }
+            (field("iova ")?, field("off ")?)
         }
         "spapr_iommu_xlate" => {
             let (window, rest) = rest.strip_prefix("liobn=")?.split_once(' ')?;

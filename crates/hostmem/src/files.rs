@@ -57,6 +57,12 @@ impl Files {
         self.mapped.values().chain(&self.alone).filter(|file| file.strong_count() > 0).count()
     }
 
+    /// Whether one of them was cut short, see [`Region::is_lost`](crate::Region::is_lost).
+    pub fn is_lost(&self) -> bool {
+        let files = self.mapped.values().chain(&self.alone);
+        files.filter_map(Weak::upgrade).any(|file| file.is_lost())
+    }
+
     /// Whether none is.
     pub fn is_empty(&self) -> bool {
         self.len() == 0

@@ -32,7 +32,7 @@ Exit status:
 
 #[derive(Subcommand)]
 enum Command {
-    /// Serve a vhost-user device that respects the guest's IOMMU
+    /// Serve a device that respects the guest's IOMMU, over vhost-user or vfio-user
     #[command(subcommand)]
     Serve(serve::Serve),
     Wrap(wrap::Wrap),

@@ -5,6 +5,7 @@ use anyhow::Context;
 use clap::{Args, Subcommand};
 use ringfence_device::Device;
 use ringfence_device::blk::{self, Blk};
+use ringfence_device::rng::Rng;
 use ringfence_device::storage::{self, Format};
 use ringfence_policy::IommuMode;
 use ringfence_vfio_user::server as vfio_user;
@@ -28,12 +29,15 @@ use tracing_subscriber::filter::LevelFilter;
 pub(crate) enum Serve {
     /// A disk (virtio-blk)
     Blk(ServeBlk),
+    /// A source of random bytes (virtio-rng)
+    Rng(ServeRng),
 }
 
 impl Serve {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         match self {
             Serve::Blk(blk) => blk.run(),
+            Serve::Rng(rng) => rng.run(),
         }
     }
 }
@@ -202,7 +206,30 @@ fn end_of_process() -> io::Result<UnixStream> {
     Ok(ours)
 }
 
-/// Serve a disk over vhost-user.
+/// Serve a source of random bytes: this machine's.
+#[derive(Args)]
+pub(crate) struct ServeRng {
+    #[command(flatten)]
+    common: Common,
+}
+
+/// The longest queue of a device that has one request at a time.
+const SHORT_QUEUE: u16 = 64;
+
+impl ServeRng {
+    fn run(self) -> anyhow::Result<ExitCode> {
+        if self.common.print_capabilities {
+            println!("{}", serde_json::json!({ "type": "rng" }));
+            return Ok(ExitCode::SUCCESS);
+        }
+        log::to_stderr(self.common.log);
+        let server = self.common.server()?;
+        let device: Arc<dyn Device> = Arc::new(Rng);
+        self.common.serve(server, device.name(), (SHORT_QUEUE, Duration::ZERO), || Ok(Arc::clone(&device)))
+    }
+}
+
+/// Serve a disk over vhost-user, or as a whole PCI function over vfio-user.
 ///
 /// The image stays open for as long as the process runs; several front-ends are served one after the other.
 #[derive(Args)]

@@ -11,6 +11,7 @@ use crate::memory::Remote;
 use ringfence_dma::{Access, BusAddr, Fault, FaultReason, HostSlice, Memory, Miss, Permission, Ram, Stop, Ticket};
 use ringfence_iotlb::{Lease, View};
 use std::cell::RefCell;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -176,8 +177,8 @@ impl Copy {
         let mut now = vec![0; self.len];
         self.bytes.slice(0, self.len).read(0, &mut now);
         let changes = match &self.known {
-            Some(known) => changes(known, &now),
-            None => vec![0..self.len],
+            Some(known) => changes(self.addr, known, &now),
+            None => std::iter::once(0..self.len).collect(),
         };
         for range in changes.into_iter().rev() {
             link.write(self.addr + range.start as u64, &now[range])?;
@@ -187,12 +188,17 @@ impl Copy {
     }
 }
 
-/// Where two slices of one length differ, in order.
-fn changes(before: &[u8], now: &[u8]) -> Vec<std::ops::Range<usize>> {
-    let mut changes: Vec<std::ops::Range<usize>> = Vec::new();
+/// A change goes back with those in the same aligned so many bytes: a descriptor of a packed ring, whose last two bytes say
+/// that it is used, is one message.
+const AT_ONCE: u64 = 16;
+
+/// Where two slices of one length differ, in order; the first byte is at `addr`.
+fn changes(addr: u64, before: &[u8], now: &[u8]) -> Vec<Range<usize>> {
+    let mut changes: Vec<Range<usize>> = Vec::new();
+    let block = |at: usize| addr.wrapping_add(at as u64) / AT_ONCE;
     for (at, _) in before.iter().zip(now).enumerate().filter(|(_, (before, now))| before != now) {
         match changes.last_mut() {
-            Some(last) if at == last.end => last.end += 1,
+            Some(last) if at == last.end || block(at) == block(last.end - 1) => last.end = at + 1,
             _ => changes.push(at..at + 1),
         }
     }
@@ -205,7 +211,9 @@ mod tests {
 
     #[test]
     fn changes_are_told_apart() {
-        assert_eq!(changes(b"abcdef", b"abcdef"), []);
-        assert_eq!(changes(b"abcdef", b"xbcdyz"), [0..1, 4..6]);
+        assert_eq!(changes(0, b"abcdef", b"abcdef"), []);
+        let whole = changes(0x1000, b"abcdef", b"xbcdyz");
+        assert_eq!((whole.len(), &whole[0]), (1, &(0..6)), "a descriptor goes as one");
+        assert_eq!(changes(0x100d, b"abcdefgh", b"xbcdefyz"), [0..1, 6..8]);
     }
 }

@@ -403,6 +403,14 @@ impl Function {
                 patience: self.options.io_timeout,
                 faults: &self.faults,
             };
+            if index == 0 && self.lines.tell().is_some() {
+                let [ring, driver, device] = self.queues[0].addresses();
+                tracing::info!(
+                    features = format_args!("{features:#x}"),
+                    ring = format_args!("{ring:#x},{driver:#x},{device:#x}"),
+                    "the driver's queues run"
+                );
+            }
             if let Err(error) = self.queues[index].start(&with) {
                 if self.lines.tell().is_some() {
                     tracing::error!("queue {index}: {error}; the device needs a reset");

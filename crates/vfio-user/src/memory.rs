@@ -162,7 +162,8 @@ impl Memory {
 
     /// Whether a file of it was cut short. It reads as zeroes since.
     pub(crate) fn is_lost(&self) -> bool {
-        self.grants.values().filter_map(|grant| grant.part.as_ref()).any(Part::is_lost)
+        // Not each grant: there can be many, and this is asked with each message.
+        self.files.is_lost()
     }
 
     /// DMA_MAP.
@@ -198,8 +199,7 @@ impl Memory {
 
     /// DMA_UNMAP: returns when no byte of it moves any more.
     ///
-    /// Takes a range that is one grant, as the protocol has it, or several: QEMU takes back what a guest's IOMMU forgets in
-    /// powers of two, and the kernel's own interface takes those.
+    /// Takes a range that is one grant, as the protocol has it, or several, see [`is_flush`].
     pub(crate) fn unmap(&mut self, what: Unmapped, hurry: BorrowedFd<'_>) -> Result<(), GrantError> {
         let (first, last) = match what {
             Unmapped::Everything => (BusAddr(0), BusAddr(u64::MAX)),
@@ -211,8 +211,8 @@ impl Memory {
             return Err(GrantError::Cut { first, last, other: BusAddr(other) });
         }
         let taken: BTreeSet<u64> = self.grants.range(first.0..=last.0).map(|(&first, _)| first).collect();
-        if taken.is_empty() && what != Unmapped::Everything {
-            return Err(GrantError::NotMapped { first, last });
+        if taken.is_empty() {
+            return if is_flush(what) { Ok(()) } else { Err(GrantError::NotMapped { first, last }) };
         }
         // Messages on their way are given up: whoever is to answer them waits for us.
         let _quiet = self.link.hush();
@@ -252,6 +252,21 @@ impl Memory {
     /// Not even that freed whoever is stuck. It is never unmapped, so that nothing else can be mapped there.
     pub(crate) fn leave_behind(&self) {
         self.grants.values().for_each(|grant| std::mem::forget(grant.part.clone()));
+    }
+}
+
+/// Whether nothing needs to be mapped where something is taken back.
+///
+/// By the protocol a range is exactly what was mapped. But when a guest flushes its IOMMU, QEMU takes the whole address
+/// space back in aligned powers of two, down to one MiB, whatever is in them; the kernel's own interface, from which this
+/// one comes, takes what there is.
+fn is_flush(what: Unmapped) -> bool {
+    match what {
+        Unmapped::Everything => true,
+        Unmapped::Range { first, last } => {
+            let more = last.0 - first.0;
+            more >= 0xf_ffff && more & more.wrapping_add(1) == 0 && first.0 & more == 0
+        }
     }
 }
 

@@ -44,6 +44,8 @@ pub fn run(
 enum Lost {
     #[error("the socket failed: {0}")]
     Channel(ChannelError<WireError>),
+    #[error("bad message: {0}")]
+    Wire(WireError),
     #[error("{0}")]
     Session(#[from] SessionError),
     #[error("can't wait: {0}")]
@@ -158,7 +160,7 @@ impl Connection {
                 let checked = self.session.check_memory();
                 checked.and_then(|()| self.session.handle(request)).map_err(|error| (error.errno(), Lost::from(error)))
             }
-            Err(error) => Err((error.errno(), Lost::Channel(ChannelError::Header(error)))),
+            Err(error) => Err((error.errno(), Lost::Wire(error))),
         };
         let answer = header.answer == Answer::Wanted;
         match done {

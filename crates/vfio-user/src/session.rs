@@ -307,6 +307,10 @@ impl Session {
         if start + count > available {
             return Err(SessionError::Irqs { index, start, count, available });
         }
+        if index != index::MSIX {
+            // There are none of it, so there is nothing to do to them.
+            return Ok(Reply::Done);
+        }
         let msix = self.function.msix();
         match (action, data) {
             (Action::Trigger, IrqData::None) if count == 0 => msix.turn_off(),

@@ -16,6 +16,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 pub use crate::session::{Keep, Options, UnknownKeep};
 
@@ -255,6 +256,7 @@ fn connection(stream: UnixStream, device: &Arc<dyn Device>, options: Options, en
         frontend: Channel::new(stream.into()),
         replies: Vec::new(),
         backend: None,
+        patience: Patience { most: options.poll, now: Duration::ZERO },
         complaints: Limit::new(),
     };
     // A bug of ours ends the connection it was met on, and the next front-end is served.
@@ -296,6 +298,7 @@ struct Connection {
     replies: Vec<u8>,
     /// Answers to what we asked on the back-end channel.
     backend: Option<Channel>,
+    patience: Patience,
     /// For what the front-end does wrong and goes on doing.
     complaints: Limit,
 }
@@ -306,10 +309,9 @@ impl Connection {
             let mut fds =
                 vec![PollFd::from_borrowed_fd(end, PollFlags::IN), PollFd::new(&self.frontend, PollFlags::IN)];
             fds.extend(self.backend.as_ref().map(|backend| PollFd::new(backend, PollFlags::IN)));
-            let look = self.frontend.holds_message().then(Timespec::default);
-            match poll(&mut fds, look.as_ref()) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
+            match self.frontend.holds_message() {
+                true => look(&mut fds).map(drop)?,
+                false => self.patience.wait(&mut fds)?,
             }
             if !fds[0].revents().is_empty() {
                 return Ok(Ended::ByUs);
@@ -422,6 +424,44 @@ impl Connection {
         self.backend = None;
         self.session.backend().connect(None);
         if self.session.needs_channel() { Err(Lost::BackendChannel) } else { Ok(()) }
+    }
+}
+
+/// For how long the sockets are looked at before the thread sleeps: not at all, while messages come now and then. A
+/// front-end that waits for each acknowledgement before it goes on, as QEMU does with every page that it gives and every
+/// range that it takes away, would else wait each time for as long as it takes to wake this thread.
+struct Patience {
+    most: Duration,
+    now: Duration,
+}
+
+impl Patience {
+    /// Until one of `fds` is ready.
+    fn wait(&mut self, fds: &mut [PollFd<'_>]) -> Result<(), Errno> {
+        let since = Instant::now();
+        while since.elapsed() < self.now {
+            if look(fds)? > 0 {
+                return Ok(());
+            }
+            // Whoever is to say something may be waiting for this very processor.
+            std::thread::yield_now();
+        }
+        match poll(fds, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+        self.now = if since.elapsed() < self.most { self.most } else { self.now / 2 };
+        if self.now < Duration::from_micros(1) {
+            self.now = Duration::ZERO;
+        }
+        Ok(())
+    }
+}
+
+fn look(fds: &mut [PollFd<'_>]) -> Result<usize, Errno> {
+    match poll(fds, Some(&Timespec::default())) {
+        Err(Errno::INTR) => Ok(0),
+        looked => looked,
     }
 }
 

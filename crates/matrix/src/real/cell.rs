@@ -38,6 +38,8 @@ pub enum Device {
     QemuBlk(VirtioFlag),
     /// `ringfence serve blk`.
     ServeBlk(IommuMode, Keep),
+    /// `ringfence serve blk --transport vfio-user`: a whole PCI function, which negotiates for itself as hardware does.
+    Card(IommuMode),
     /// qemu-storage-daemon, which knows no flag; QEMU is told to want it, or not.
     StorageDaemon(VirtioFlag),
     /// The same behind `ringfence wrap`: an old device become a new one.
@@ -81,6 +83,9 @@ const OLD_DRIVERS_MEET: [Device; 4] = [QEMU_OFF, QEMU_ON, OFFER, REQUIRE];
 const KEPT: [Device; 2] =
     [Device::ServeBlk(IommuMode::Offer, Keep::Cache), Device::ServeBlk(IommuMode::Offer, Keep::Request)];
 
+/// Hardware, of before the flag and with it.
+const CARDS: [Device; 2] = [Device::Card(IommuMode::Off), Device::Card(IommuMode::Offer)];
+
 impl Cell {
     /// Every cell, platform by platform.
     pub fn all() -> Vec<Cell> {
@@ -89,6 +94,15 @@ impl Cell {
             let mut meet = |driver, devices: &[Device]| {
                 cells.extend(devices.iter().map(|&device| Cell { platform, driver, device }));
             };
+            match platform.name {
+                // There for them alone.
+                "x86-intel-caching" => {
+                    meet(Driver::Linux, &CARDS);
+                    continue;
+                }
+                "x86-none" => meet(Driver::Linux, &CARDS),
+                _ => {}
+            }
             meet(Driver::Linux, &DEVICES);
             if let "x86-none" | "x86-intel-lazy" | "x86-virtio-iommu" | "arm64-smmuv3-lazy" = platform.name {
                 meet(Driver::Linux, &WRAPPED);
@@ -147,6 +161,8 @@ impl Cell {
             Device::QemuBlk(VirtioFlag::Off) | Device::ServeBlk(IommuMode::Off, _) | Device::StorageDaemon(_) => {
                 DeviceKind::OldEmulated
             }
+            Device::Card(IommuMode::Off) => DeviceKind::OldPhysical,
+            Device::Card(IommuMode::Offer | IommuMode::Require) => DeviceKind::NewPhysical,
             Device::ServeBlk(IommuMode::Offer, _) => DeviceKind::NewEmulated,
             Device::Wrapped(_) => DeviceKind::Wrapped,
             Device::QemuBlk(VirtioFlag::On) | Device::ServeBlk(IommuMode::Require, _) => {
@@ -172,8 +188,11 @@ impl Cell {
             // QEMU starts no transitional device with the flag on. Its own shows that; a back-end offers it all the same.
             (Driver::LinuxLegacy, Device::ServeBlk(..)) => VirtioFlag::Off,
             (_, Device::QemuBlk(flag) | Device::StorageDaemon(flag)) => flag,
-            (_, Device::ServeBlk(IommuMode::Off, _)) => VirtioFlag::Off,
-            (_, Device::ServeBlk(IommuMode::Offer | IommuMode::Require, _) | Device::Wrapped(_)) => VirtioFlag::On,
+            // A card is not told by QEMU.
+            (_, Device::ServeBlk(IommuMode::Off, _) | Device::Card(IommuMode::Off)) => VirtioFlag::Off,
+            (_, Device::ServeBlk(IommuMode::Offer | IommuMode::Require, _) | Device::Card(_) | Device::Wrapped(_)) => {
+                VirtioFlag::On
+            }
         }
     }
 }
@@ -200,6 +219,9 @@ impl Device {
             Device::ServeBlk(IommuMode::Offer, Keep::Cache) => "serve-blk-offer-cache",
             Device::ServeBlk(IommuMode::Offer, Keep::Request) => "serve-blk-offer-request",
             Device::ServeBlk(IommuMode::Require, _) => "serve-blk-require",
+            Device::Card(IommuMode::Off) => "vfio-user-off",
+            Device::Card(IommuMode::Offer) => "vfio-user-offer",
+            Device::Card(IommuMode::Require) => "vfio-user-require",
             Device::StorageDaemon(VirtioFlag::Off) => "storage-daemon-off",
             Device::StorageDaemon(VirtioFlag::On) => "storage-daemon-on",
             Device::Wrapped(IommuMode::Require) => "wrapped-storage-daemon-require",

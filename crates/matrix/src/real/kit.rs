@@ -22,6 +22,8 @@ type Part<T> = Result<T, Missing>;
 /// Each part of the cells' machines, or why it is not there.
 pub(crate) struct Kit {
     qemus: BTreeMap<Arch, Part<(Qemu, String)>>,
+    /// One that takes functions of other processes, where a cell has such a one.
+    with_cards: Option<Part<(Qemu, String)>>,
     kernels: BTreeMap<(KernelSeries, Arch), Part<Kernel>>,
     busyboxes: BTreeMap<Arch, Part<PathBuf>>,
     xen: Option<Part<PathBuf>>,
@@ -37,9 +39,11 @@ impl Kit {
         let series: BTreeSet<_> =
             cells.iter().filter(linux).map(|cell| (cell.platform.kernel, cell.platform.arch)).collect();
         let xen = cells.iter().any(|cell| cell.platform.hypervisor == Hypervisor::Xen);
+        let cards = cells.iter().any(|cell| matches!(cell.device, Device::Card(_)));
         let daemon = cells.iter().any(|cell| matches!(cell.device, Device::StorageDaemon(_) | Device::Wrapped(_)));
         Self {
             qemus: qemus(cache, source, &arches),
+            with_cards: cards.then(|| part(with_cards(cache, source))),
             busyboxes: series.iter().map(|&(_, arch)| (arch, part(cache.busybox(arch)))).collect(),
             kernels: series.into_iter().map(|key| (key, part(cache.kernel(key.0, key.1)))).collect(),
             xen: xen.then(|| part(cache.xen())),
@@ -50,7 +54,11 @@ impl Kit {
 
     /// The emulator for a cell, and its version.
     pub(crate) fn qemu(&self, cell: &Cell) -> Part<&(Qemu, String)> {
-        self.qemus[&cell.platform.arch].as_ref().map_err(Clone::clone)
+        let found = match cell.device {
+            Device::Card(_) => self.with_cards.as_ref().expect("looked for where a cell has it"),
+            _ => &self.qemus[&cell.platform.arch],
+        };
+        found.as_ref().map_err(Clone::clone)
     }
 
     /// qemu-storage-daemon.
@@ -90,6 +98,18 @@ fn qemus(cache: &Cache<'_>, source: QemuSource, arches: &BTreeSet<Arch>) -> BTre
         Err(_) => Qemu::find(cache, source, &[arch]).and_then(|qemu| with_version(qemu, arch)),
     };
     all.iter().map(|&arch| (arch, part(one(arch)))).collect()
+}
+
+/// The one that was asked for, if it is new enough; else Debian's newest.
+fn with_cards(cache: &Cache<'_>, source: QemuSource) -> Result<(Qemu, String), Error> {
+    const ARCH: Arch = Arch::Amd64;
+    let asked = Qemu::find(cache, source, &[ARCH]).ok().filter(|qemu| qemu.has_device(ARCH, "vfio-user-pci"));
+    let qemu = match asked {
+        Some(qemu) => qemu,
+        None => Qemu::find(cache, QemuSource::Unpacked(Suite::Sid), &[ARCH])?,
+    };
+    let version = qemu.version(ARCH)?;
+    Ok((qemu, version))
 }
 
 /// The machine's own, else one of the suite that QEMU is from.

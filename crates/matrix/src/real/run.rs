@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use ringfence_guests::{Backend, Boot, Disk, End, Error, Image, Interface, Qemu, StorageDaemon, System, Watch};
 use ringfence_policy::IommuMode;
 
-use super::cell::{Cell, Device, Driver, Keep};
-use super::seen::{Counts, Seen, Server, flag_in};
+use super::cell::{Cell, Device, Driver};
+use super::seen::{Counts, Seen, Server, flag_in, ring_in};
 use super::session::Options;
 
 /// How long a server may take to log the end of a connection.
@@ -59,7 +59,7 @@ pub(crate) fn boot(cell: &Cell, parts: &Parts<'_>, options: &Options<'_>) -> Res
     };
     let command = match cell.device {
         Device::QemuBlk(_) => None,
-        Device::ServeBlk(mode, keep) => Some(serve(options.server, (mode, keep), &image, &socket)),
+        Device::ServeBlk(..) | Device::Card(_) => Some(serve(cell, options.server, &image, &socket)),
         Device::StorageDaemon(_) => storage_daemon.map(|daemon| daemon.export(image.path(), &socket)),
         Device::Wrapped(mode) => Some(wrap(options.server, mode, &plain, &socket)),
     };
@@ -73,7 +73,11 @@ pub(crate) fn boot(cell: &Cell, parts: &Parts<'_>, options: &Options<'_>) -> Res
         qemu,
         platform: cell.platform,
         system,
-        disk: backend.as_ref().map_or(Disk::QemuOwn(image.path()), |backend| Disk::VhostUser(backend.socket())),
+        disk: match (&backend, cell.device) {
+            (None, _) => Disk::QemuOwn(image.path()),
+            (Some(backend), Device::Card(_)) => Disk::VfioUser(backend.socket()),
+            (Some(backend), _) => Disk::VhostUser(backend.socket()),
+        },
         platform_access: cell.flag(),
         interface: if cell.driver == Driver::LinuxLegacy { Interface::Transitional } else { Interface::Modern },
         timeout: options.timeout,
@@ -84,7 +88,7 @@ pub(crate) fn boot(cell: &Cell, parts: &Parts<'_>, options: &Options<'_>) -> Res
     let logs = logs.map(|(name, of)| of.as_ref().map_or_else(String::new, |of| format!("--- {name}\n{}", of.log())));
     let log = outcome.log() + &logs.concat();
     let server = match cell.device {
-        Device::ServeBlk(..) | Device::Wrapped(_) => backend.map(end_of_server),
+        Device::ServeBlk(..) | Device::Card(_) | Device::Wrapped(_) => backend.map(end_of_server),
         Device::QemuBlk(_) | Device::StorageDaemon(_) => None,
     };
     let back_end_memory = shared.take();
@@ -95,9 +99,14 @@ pub(crate) fn boot(cell: &Cell, parts: &Parts<'_>, options: &Options<'_>) -> Res
     })
 }
 
-fn serve(program: &Path, (mode, keep): (IommuMode, Keep), image: &Image, socket: &Path) -> Command {
+fn serve(cell: &Cell, program: &Path, image: &Image, socket: &Path) -> Command {
+    let (mode, how) = match cell.device {
+        Device::ServeBlk(mode, keep) => (mode, ["--iotlb", keep.name()]),
+        Device::Card(mode) => (mode, ["--transport", "vfio-user"]),
+        Device::QemuBlk(_) | Device::StorageDaemon(_) | Device::Wrapped(_) => unreachable!("only for a server of disks"),
+    };
     let mut command = Command::new(program);
-    command.args(["serve", "blk", "--iommu", &mode.to_string(), "--iotlb", keep.name(), "--socket"]).arg(socket);
+    command.args(["serve", "blk", "--iommu", &mode.to_string()]).args(how).arg("--socket").arg(socket);
     command.arg("--image").arg(image.path());
     command
 }
@@ -150,6 +159,7 @@ fn end_of_server(mut backend: Backend) -> Server {
         flag: log.lines().rev().find_map(flag_in),
         refusal,
         counts: log.lines().rev().find_map(Counts::parse),
+        ring: log.lines().rev().find_map(ring_in),
         complaints: complaints.take(8).map(without_time).collect(),
         serves_on,
         end: match backend.end() {

@@ -35,6 +35,8 @@ pub(crate) struct Server {
     pub(crate) refusal: Option<String>,
     /// What it counted in the last connection.
     pub(crate) counts: Option<Counts>,
+    /// Where the last driver put its ring, if it says so: a function of its own, of which QEMU knows no ring.
+    pub(crate) ring: Option<Ring>,
     /// Warnings and errors, a line each.
     pub(crate) complaints: Vec<String>,
     /// After a refusal: whether it takes the next front-end.
@@ -79,7 +81,8 @@ impl Seen {
     }
 
     pub(crate) fn ring(&self) -> Option<Ring> {
-        self.outcome.virtio.as_ref()?.ring
+        let known = self.outcome.virtio.as_ref().and_then(|virtio| virtio.ring);
+        known.or_else(|| self.server.as_ref()?.ring)
     }
 
     /// What became of the flag: offered as QEMU knows it; taken as the guest knows it, else as QEMU or our server does.
@@ -177,7 +180,9 @@ impl Seen {
     /// Complaints of QEMU itself.
     pub(crate) fn qemu_lines(&self) -> Vec<&str> {
         let lines = self.outcome.qemu.lines().map(str::trim);
-        lines.filter(|line| !line.is_empty() && !line.contains("TCG doesn't support")).collect()
+        // Those that it says of every guest here, or of every function that reports no errors of a link.
+        const USUAL: [&str; 2] = ["TCG doesn't support", "Could not enable error recovery"];
+        lines.filter(|line| !line.is_empty() && !USUAL.iter().any(|usual| line.contains(usual))).collect()
     }
 
     fn lines(&self, wanted: &dyn Fn(&str) -> bool) -> Vec<&str> {
@@ -187,17 +192,21 @@ impl Seen {
 }
 
 impl Counts {
-    /// The counts in a line with `misses=N`.
+    /// The counts in a line with `misses=N`; or with `maps=N`, of a function that has no misses.
     pub(crate) fn parse(line: &str) -> Option<Self> {
         let value = |name: &str| {
             let (_, rest) = line.split_once(&format!("{name}="))?;
             rest.split(|char: char| !char.is_ascii_digit()).next()?.parse::<u64>().ok()
         };
+        let faults = value("faults")?;
+        if let Some(updates) = value(" maps") {
+            return Some(Self { misses: 0, updates, invalidations: value("unmaps")?, faults });
+        }
         Some(Self {
             misses: value("misses")?,
             updates: value("updates")?,
             invalidations: value("invalidations")?,
-            faults: value("faults")?,
+            faults,
         })
     }
 }
@@ -210,6 +219,17 @@ pub(crate) fn flag_in(line: &str) -> Option<bool> {
     let (_, features) = line.split_once("queues run")?.1.split_once("features=0x")?;
     let digits = features.split(|char: char| !char.is_ascii_hexdigit()).next()?;
     Some(u64::from_str_radix(digits, 16).ok()? & IommuMode::Offer.offers(0) != 0)
+}
+
+/// The three addresses in the line of a server that has the ring itself: descriptors, the driver's part, the device's.
+pub(crate) fn ring_in(line: &str) -> Option<Ring> {
+    let (_, rest) = line.split_once("ring=")?;
+    let mut numbers = rest.split(',').map(|number| {
+        let digits = number.trim_start_matches("0x").split(|char: char| !char.is_ascii_hexdigit()).next()?;
+        u64::from_str_radix(digits, 16).ok()
+    });
+    let mut next = || numbers.next().flatten();
+    Some(Ring { descriptors: next()?, available: next()?, used: next()? })
 }
 
 /// The flag's bit, from the crate that owns it: the one bit that an offering device adds.
@@ -226,6 +246,17 @@ mod tests {
         let line = "2026 INFO connection ended: it left misses=12 updates=10 invalidations=3 faults=0";
         assert_eq!(Counts::parse(line), Some(Counts { misses: 12, updates: 10, invalidations: 3, faults: 0 }));
         assert_eq!(Counts::parse("listening"), None);
+        let line = "2026 INFO connection ended maps=8 unmaps=7 faults=1";
+        assert_eq!(Counts::parse(line), Some(Counts { misses: 0, updates: 8, invalidations: 7, faults: 1 }));
+    }
+
+    #[test]
+    fn a_ring_is_read_from_the_log() {
+        let line = "2026 INFO the driver's queues run features=0x1 ring=0xfffff000,0xffffe000,0xffffd010 more";
+        let ring = Ring { descriptors: 0xffff_f000, available: 0xffff_e000, used: 0xffff_d010 };
+        assert_eq!(ring_in(line), Some(ring));
+        assert_eq!(ring_in("ring=0x1,"), None);
+        assert_eq!(ring_in("listening"), None);
     }
 
     #[test]

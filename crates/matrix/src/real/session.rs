@@ -119,7 +119,7 @@ fn parts<'k>(cell: &Cell, kit: &'k Kit) -> Result<(Parts<'k>, &'k str), Missing>
     let (qemu, version) = kit.qemu(cell)?;
     let storage_daemon = match cell.device {
         Device::StorageDaemon(_) | Device::Wrapped(_) => Some(kit.storage_daemon()?),
-        Device::QemuBlk(_) | Device::ServeBlk(..) => None,
+        Device::QemuBlk(_) | Device::ServeBlk(..) | Device::Card(_) => None,
     };
     Ok((Parts { qemu, system: kit.system(cell)?, storage_daemon }, version))
 }

@@ -166,7 +166,8 @@ pub(crate) fn flaws(seen: &Seen, verdict: Verdict) -> Vec<String> {
     match misses {
         None if works => flaws.push("the server's log has no counts".to_owned()),
         // Xen's machine addresses are no business of a device without an IOMMU.
-        Some(0) if translated && seen.pages().next().is_some() => {
+        // Nor does a function ask, which is granted what it may reach.
+        Some(0) if translated && server.ring.is_none() && seen.pages().next().is_some() => {
             flaws.push("the server asked for no translation".to_owned());
         }
         Some(misses @ 1..) if works && !translated => {
@@ -381,6 +382,7 @@ mod tests {
                 flag: None,
                 refusal: Some("the IOMMU is required. More words".to_owned()),
                 counts: None,
+                ring: None,
                 complaints: Vec::new(),
                 serves_on: true,
                 end: Ok(()),
@@ -416,7 +418,8 @@ mod tests {
             let mut seen = good();
             let counts = Some(Counts { misses: 3, updates: 3, invalidations: 1, faults: 0 });
             let complaints = Vec::new();
-            seen.server = Some(Server { flag: None, refusal: None, counts, complaints, serves_on: false, end: Ok(()) });
+            let (refusal, ring) = (None, None);
+            seen.server = Some(Server { flag: None, refusal, counts, ring, complaints, serves_on: false, end: Ok(()) });
             change(&mut seen);
             flaws(&seen, of(&seen).0)
         };

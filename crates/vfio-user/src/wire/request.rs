@@ -348,7 +348,8 @@ impl DmaMap {
         };
         let (first, last) = range(command, address, size)?;
         // A file's end is counted with a sign.
-        if offset.checked_add(size).is_none_or(|end| i64::try_from(end).is_err()) {
+        let in_file = |end: Option<u64>| end.is_some_and(|end| i64::try_from(end).is_ok());
+        if fd.is_some() && !in_file(offset.checked_add(size)) {
             return Err(WireError::Field { command, field: "offset", value: offset });
         }
         Ok(Self { permission, offset, first, last, fd })

@@ -54,7 +54,7 @@ struct Data {
 }
 
 impl Version {
-    pub(super) fn parse(body: &[u8]) -> Result<Self, WireError> {
+    pub(crate) fn parse(body: &[u8]) -> Result<Self, WireError> {
         let ([major, minor], data) = super::head::<[u16; 2]>(Command::Version, body)?;
         let Data { capabilities } = match data {
             [] => Data::default(),
