@@ -34,4 +34,4 @@ pub use mapper::{
 pub use memory::{Memory, Physical, Visit, copy_from_bus, copy_to_bus};
 pub use ram::Ram;
 pub use registers::RegisterWindow;
-pub use slice::{DetachedSlice, HostSlice};
+pub use slice::{Cell, DetachedSlice, HostSlice};

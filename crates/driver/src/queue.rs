@@ -1,11 +1,11 @@
 use alloc::vec::Vec;
 use ringfence_dma::{BusAddr, Coherent, DmaError, HostSlice, Mapper};
-use ringfence_ring::{DriverQueue, Indirect, Layout, LayoutError, RingArea, RingSlices, Rules};
+use ringfence_ring::{DriverQueue, Indirect, Layout, LayoutError, RingArea, RingCells, RingSlices, Rules};
 
 /// A queue of a device, in coherent memory.
 #[derive(Debug)]
 pub(crate) struct Queue<'a, M: Mapper + ?Sized> {
-    pub(crate) ring: DriverQueue<RingSlices<'a>>,
+    pub(crate) ring: DriverQueue<RingCells<'a>>,
     pub(crate) layout: Layout,
     pub(crate) indirect: Indirect,
     /// Where the ring is: to be kept until the device is reset.
@@ -39,7 +39,8 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
             driver: slice(driver, RingArea::Driver),
             device: slice(device, RingArea::Device),
         };
-        let mut ring = DriverQueue::new(rules, size, slices).map_err(QueueError::Layout)?;
+        let mut ring =
+            DriverQueue::new(rules, size, RingCells::new(rules.format, size, &slices)).map_err(QueueError::Layout)?;
         ring.disable_callbacks();
         Ok(Self { ring, layout, indirect: rules.indirect, _memory: memory })
     }

@@ -4,7 +4,7 @@
 use ringfence_dma::{Access, BusAddr, Fault, FaultReason, HostSlice, Stop, Ticket, Visit};
 use ringfence_ring::{
     Chain, Descriptor, DeviceQueue, DriverQueue, Format, Indirect, IndirectTable, Layout, Notifications, Position,
-    RingArea, RingSlices, Rules,
+    RingArea, RingCells, RingSlices, Rules,
 };
 use std::hint::black_box;
 use std::ptr::NonNull;
@@ -63,7 +63,7 @@ fn best(memory: &GuestMemoryMmap, all: HostSlice<'_>, indirect: Indirect, side: 
         driver: area(RingArea::Driver),
         device: area(RingArea::Device),
     };
-    let mut driver = DriverQueue::new(rules, SIZE, slices).unwrap();
+    let mut driver = DriverQueue::new(rules, SIZE, RingCells::new(rules.format, SIZE, &slices)).unwrap();
     let mut ours = DeviceQueue::new(rules, layout, Position::start(rules.format)).unwrap();
     let mut peer = Queue::new(SIZE).unwrap();
     peer.set_size(SIZE);
@@ -130,7 +130,7 @@ fn best(memory: &GuestMemoryMmap, all: HostSlice<'_>, indirect: Indirect, side: 
     best.as_nanos() as f64 / (BATCHES * BATCH) as f64
 }
 
-fn submit(driver: &mut DriverQueue<RingSlices<'_>>, all: HostSlice<'_>, indirect: Indirect) {
+fn submit(driver: &mut DriverQueue<RingCells<'_>>, all: HostSlice<'_>, indirect: Indirect) {
     for number in 0..BATCH as u64 {
         let at = |offset: u64| BusAddr(0x2_0000 + number * 0x2000 + offset);
         let chain = [

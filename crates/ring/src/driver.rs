@@ -3,38 +3,25 @@
 mod packed;
 mod split;
 
+use crate::cells::RingCells;
 use crate::layout::check_size;
-use crate::wire::{DESCRIPTOR, WRITE};
-use crate::{Descriptor, Format, Indirect, LayoutError, RingArea, Rules};
+use crate::wire::{DESCRIPTOR, WRITE, store_words};
+use crate::{Descriptor, Format, Indirect, LayoutError, Rules};
 use alloc::boxed::Box;
 use core::fmt;
+use core::sync::atomic::{AtomicU64, Ordering};
 use ringfence_dma::{Access, BusAddr, HostSlice};
 
 /// The coherent memory of a ring: what a DMA API allocated for it, and the device reaches at a [`Layout`](crate::Layout).
 pub trait RingMemory {
-    /// The bytes of `area`: at least [`RingArea::len`] of them, aligned to [`RingArea::align`], and always the same.
-    fn area(&self, area: RingArea) -> HostSlice<'_>;
+    /// The ring: of the queue's format and size, and always the same.
+    fn cells(&self) -> RingCells<'_>;
 }
 
-/// Three slices that are a ring's memory.
-#[derive(Clone, Copy, Debug)]
-pub struct RingSlices<'m> {
-    /// The descriptor table, or ring.
-    pub descriptors: HostSlice<'m>,
-    /// What the driver writes.
-    pub driver: HostSlice<'m>,
-    /// What the device writes.
-    pub device: HostSlice<'m>,
-}
-
-impl RingMemory for RingSlices<'_> {
+impl RingMemory for RingCells<'_> {
     #[inline]
-    fn area(&self, area: RingArea) -> HostSlice<'_> {
-        match area {
-            RingArea::Descriptors => self.descriptors,
-            RingArea::Driver => self.driver,
-            RingArea::Device => self.device,
-        }
+    fn cells(&self) -> RingCells<'_> {
+        *self
     }
 }
 
@@ -65,7 +52,8 @@ pub struct Token(u16);
 /// Memory for the descriptors of a chain, so that the chain takes up one entry of the ring.
 #[derive(Clone, Copy, Debug)]
 pub struct IndirectTable<'m> {
-    /// 16 bytes for each buffer. They are the device's to read until the chain comes back.
+    /// 16 bytes for each buffer. They are the device's to read until the chain comes back. Written faster where they begin
+    /// on a multiple of 8.
     pub memory: HostSlice<'m>,
     /// Where the device reaches it.
     pub addr: BusAddr,
@@ -179,17 +167,12 @@ impl<M: RingMemory> DriverQueue<M> {
     /// [`LayoutError::Size`].
     ///
     /// # Panics
-    /// Where an area of `memory` is too short or not aligned.
+    /// Where `memory` is a ring of another format or size.
     pub fn new(rules: Rules, size: u16, memory: M) -> Result<Self, LayoutError> {
         check_size(rules.format, size)?;
-        for area in RingArea::ALL {
-            let (slice, len) = (memory.area(area), area.len(rules.format, size) as usize);
-            assert!(
-                slice.as_ptr().addr().is_multiple_of(area.align(rules.format) as usize),
-                "the {area} is misaligned"
-            );
-            slice.sub(0, len).fill(0);
-        }
+        let cells = memory.cells();
+        assert_eq!((cells.format(), cells.size()), (rules.format, size), "another ring's memory");
+        cells.clear();
         let ring = match rules.format {
             Format::Split => Ring::Split(split::Ring::new(size, rules.notifications)),
             Format::Packed => Ring::Packed(packed::Ring::new(size, rules.notifications)),
@@ -204,47 +187,75 @@ impl<M: RingMemory> DriverQueue<M> {
     /// Those of [`AddError`].
     #[inline]
     pub fn add(&mut self, buffers: &[Descriptor], table: Option<IndirectTable<'_>>) -> Result<Token, AddError> {
-        let Self { memory, rules, chains, ring, poison } = self;
-        if let Some(poison) = *poison {
-            return Err(AddError::Poisoned(poison));
+        let writable = match check_buffers(buffers) {
+            Ok(writable) if self.has_room(buffers.len(), table.as_ref()) => writable,
+            _ => return Err(self.why_not(buffers, table)),
+        };
+        let cells = self.memory.cells();
+        let (id, given) = either!(&mut self.ring, ring => ring.add(&cells, buffers, table.as_ref(), writable));
+        self.chains.give(id, given);
+        Ok(Token(id))
+    }
+
+    /// Which token the next chain will have, if one can be added at all.
+    #[inline]
+    pub fn next_token(&self) -> Option<Token> {
+        match self.poison {
+            None if self.chains.free > 0 => Some(Token(either!(&self.ring, ring => ring.next_id()))),
+            _ => None,
         }
-        let writable = check_buffers(buffers)?;
-        let limit = chains.size();
+    }
+
+    #[inline]
+    fn has_room(&self, buffers: usize, table: Option<&IndirectTable<'_>>) -> bool {
+        let free = usize::from(self.chains.free);
+        let room = match table {
+            None => buffers <= free,
+            Some(table) => {
+                self.rules.indirect == Indirect::Allowed
+                    && free > 0
+                    && buffers <= self.chains.given.len()
+                    && buffers * DESCRIPTOR as usize <= table.memory.len()
+            }
+        };
+        room && self.poison.is_none()
+    }
+
+    /// Why a chain is not added.
+    #[cold]
+    fn why_not(&self, buffers: &[Descriptor], table: Option<IndirectTable<'_>>) -> AddError {
+        if let Some(poison) = self.poison {
+            return AddError::Poisoned(poison);
+        }
+        if let Err(error) = check_buffers(buffers) {
+            return error;
+        }
         if let Some(table) = table {
-            if rules.indirect == Indirect::Refused {
-                return Err(AddError::IndirectRefused);
+            if self.rules.indirect == Indirect::Refused {
+                return AddError::IndirectRefused;
             }
             let needed = DESCRIPTOR as usize * buffers.len();
             if table.memory.len() < needed {
-                return Err(AddError::TableTooSmall { needed, len: table.memory.len() });
+                return AddError::TableTooSmall { needed, len: table.memory.len() };
             }
         }
-        if buffers.len() > limit.into() {
-            return Err(AddError::TooManyBuffers { buffers: buffers.len(), limit });
+        match (buffers.len(), self.size()) {
+            (buffers, limit) if buffers > limit.into() => AddError::TooManyBuffers { buffers, limit },
+            (buffers, _) => AddError::Full { needed: if table.is_some() { 1 } else { buffers }, free: self.free() },
         }
-        let needed = if table.is_some() { 1 } else { buffers.len() };
-        if needed > usize::from(chains.free) {
-            return Err(AddError::Full { needed, free: chains.free });
-        }
-        let memory: &M = memory;
-        let id = either!(ring, ring => ring.add(memory, chains, buffers, table.as_ref()));
-        chains.give(id, needed as u16, writable);
-        Ok(Token(id))
     }
 
     /// Shows the device what was added since the last time.
     #[inline]
     pub fn publish(&mut self) {
-        let memory = &self.memory;
-        either!(&mut self.ring, ring => ring.publish(memory));
+        either!(&mut self.ring, ring => ring.publish(&self.memory.cells()));
     }
 
     /// Publishes, and says whether the device wants to be told of what was published since this was last asked.
     #[inline]
     pub fn needs_kick(&mut self) -> bool {
         self.publish();
-        let memory = &self.memory;
-        either!(&mut self.ring, ring => ring.needs_kick(memory))
+        either!(&mut self.ring, ring => ring.needs_kick(&self.memory.cells()))
     }
 
     /// Takes a chain back that the device has used, in whatever order it does so. Publishes first: what the device was
@@ -259,22 +270,20 @@ impl<M: RingMemory> DriverQueue<M> {
         }
         self.publish();
         let Self { memory, chains, ring, poison, .. } = self;
-        let memory: &M = memory;
-        either!(ring, ring => ring.take_used(memory, chains)).inspect_err(|&error| *poison = Some(error))
+        either!(ring, ring => ring.take_used(&memory.cells(), chains)).inspect_err(|&error| *poison = Some(error))
     }
 
     /// Whether the device has used something that was not taken back, or broke the rules: what
     /// [`Self::take_used`] will tell.
     #[inline]
     pub fn has_used(&self) -> bool {
-        self.poison.is_some() || either!(&self.ring, ring => ring.has_used(&self.memory))
+        self.poison.is_some() || either!(&self.ring, ring => ring.has_used(&self.memory.cells()))
     }
 
     /// Lets the device know that it need not tell of what it uses. It may all the same.
     #[inline]
     pub fn disable_callbacks(&mut self) {
-        let memory = &self.memory;
-        either!(&mut self.ring, ring => ring.disable_callbacks(memory));
+        either!(&mut self.ring, ring => ring.disable_callbacks(&self.memory.cells()));
     }
 
     /// Asks the device to tell of the next chain that it uses. `true`: there is one already, so take it instead of
@@ -288,8 +297,8 @@ impl<M: RingMemory> DriverQueue<M> {
             return Err(poison);
         }
         let Self { memory, chains, ring, poison, .. } = self;
-        let memory: &M = memory;
-        either!(ring, ring => ring.enable_callbacks(memory, chains)).inspect_err(|&error| *poison = Some(error))
+        either!(ring, ring => ring.enable_callbacks(&memory.cells(), chains))
+            .inspect_err(|&error| *poison = Some(error))
     }
 
     /// How many entries of the ring are free.
@@ -322,24 +331,27 @@ impl<M: RingMemory> DriverQueue<M> {
 /// Which chains the device has, and what is free. None of it is ever read back from the ring.
 #[derive(Debug)]
 struct Chains {
-    /// By id; `entries` is 0 where the device has no such chain.
+    /// By id.
     given: Box<[Given]>,
-    /// How many are given.
-    under_way: u16,
     /// How many entries of the ring are free.
     free: u16,
 }
 
+/// A chain.
 #[derive(Clone, Copy, Debug)]
 struct Given {
+    /// How many entries of the ring it takes up; 0 where the device has no such chain.
     entries: u16,
+    /// Its last entry, where it is a list.
+    last: u16,
+    /// How many bytes the device may write.
     writable: u32,
 }
 
 impl Chains {
     fn new(size: u16) -> Self {
-        let given = alloc::vec![Given { entries: 0, writable: 0 }; size.into()].into();
-        Self { given, under_way: 0, free: size }
+        let given = alloc::vec![Given { entries: 0, last: 0, writable: 0 }; size.into()].into();
+        Self { given, free: size }
     }
 
     #[inline]
@@ -349,31 +361,32 @@ impl Chains {
     }
 
     #[inline]
-    fn give(&mut self, id: u16, entries: u16, writable: u32) {
-        self.given[usize::from(id)] = Given { entries, writable };
-        self.under_way += 1;
-        self.free -= entries;
+    fn are_all_back(&self) -> bool {
+        self.free == self.size()
     }
 
-    /// Takes chain `id` back, of which the device says that it wrote `written` bytes. Also says how many entries of the
-    /// ring it took up.
     #[inline]
-    fn take(&mut self, id: u32, written: u32) -> Result<(Used, u16), DeviceError> {
+    fn give(&mut self, id: u16, given: Given) {
+        self.given[usize::from(id)] = given;
+        self.free -= given.entries;
+    }
+
+    /// Takes chain `id` back, of which the device says that it wrote `written` bytes.
+    #[inline]
+    fn take(&mut self, id: u32, written: u32) -> Result<(Used, Given), DeviceError> {
         let size = self.size();
-        let no_such = DeviceError::NoSuchChain { id, size };
-        let given = self.given.get_mut(id as usize).ok_or(no_such)?;
+        let given = self.given.get_mut(id as usize).ok_or(DeviceError::NoSuchChain { id, size })?;
         let id = id as u16;
-        let Given { entries, writable } = *given;
-        if entries == 0 {
+        let was = *given;
+        if was.entries == 0 {
             return Err(DeviceError::NotUnderWay { id });
         }
-        if written > writable {
-            return Err(DeviceError::WrittenTooMuch { id, written, writable });
+        if written > was.writable {
+            return Err(DeviceError::WrittenTooMuch { id, written, writable: was.writable });
         }
         given.entries = 0;
-        self.under_way -= 1;
-        self.free += entries;
-        Ok((Used { token: Token(id), written }, entries))
+        self.free += was.entries;
+        Ok((Used { token: Token(id), written }, was))
     }
 }
 
@@ -399,6 +412,30 @@ fn check_buffers(buffers: &[Descriptor]) -> Result<u32, AddError> {
         return Err(AddError::TooManyBytes);
     }
     Ok(writable as u32)
+}
+
+/// Writes the table of a chain.
+#[inline]
+fn write_table(table: &IndirectTable<'_>, buffers: &[Descriptor], words: impl Fn(u16, &Descriptor) -> (u64, u64)) {
+    match table.memory.cells::<[AtomicU64; 2]>(0, buffers.len()) {
+        Some(cells) => {
+            for ((number, buffer), cell) in (0..).zip(buffers).zip(cells) {
+                store(cell, words(number, buffer));
+            }
+        }
+        None => {
+            for (number, buffer) in (0..).zip(buffers) {
+                store_words(&table.memory, number, words(number, buffer));
+            }
+        }
+    }
+}
+
+/// Writes the two words of a descriptor.
+#[inline]
+fn store(cell: &[AtomicU64; 2], (addr, rest): (u64, u64)) {
+    cell[0].store(addr.to_le(), Ordering::Relaxed);
+    cell[1].store(rest.to_le(), Ordering::Relaxed);
 }
 
 /// The flag of a buffer's descriptor that says what the device does with it.

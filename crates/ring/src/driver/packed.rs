@@ -1,15 +1,12 @@
 //! The driver's half of a packed ring (§2.8).
 
-use super::{Chains, IndirectTable, RingMemory, Used, access_flag};
+use super::{Chains, Given, IndirectTable, Used, access_flag, store, write_table};
+use crate::cells::RingCells;
 use crate::cursor::Cursor;
-use crate::wire::{
-    DESCRIPTOR, EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, INDIRECT, NEXT, Raw, descriptor, packed, packed_event_passed,
-    store_words,
-};
-use crate::{Descriptor, DeviceError, Notifications, RingArea};
+use crate::wire::{DESCRIPTOR, EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, INDIRECT, NEXT, Raw, packed_event_passed};
+use crate::{Descriptor, DeviceError, Notifications};
 use alloc::boxed::Box;
 use core::sync::atomic::{Ordering, fence};
-use ringfence_dma::HostSlice;
 
 #[derive(Debug)]
 pub(super) struct Ring {
@@ -22,8 +19,8 @@ pub(super) struct Ring {
     added: Cursor,
     /// The same as far as the device sees.
     published: Cursor,
-    /// The head of the first chain that was not published; what its flags will be.
-    first: Option<(u16, u16)>,
+    /// The head of the first chain that was not published, and its second word, in which its flags are.
+    first: Option<(u16, u64)>,
     /// How many descriptors were added since the last publication.
     unpublished: u32,
     /// How many were published since the device was last told or found not to care.
@@ -48,76 +45,74 @@ impl Ring {
         }
     }
 
-    /// There is room, and the table is large enough. The flags of a batch's first head are left to `publish`: until
-    /// they are there the device does not look at the rest.
     #[inline]
-    pub(super) fn add<M: RingMemory>(
+    pub(super) fn next_id(&self) -> u16 {
+        self.free
+    }
+
+    /// There is room, and the table is large enough. The second word of a batch's first head is left to `publish`: until
+    /// its flags are there the device does not look at the rest.
+    #[inline]
+    pub(super) fn add(
         &mut self,
-        memory: &M,
-        chains: &Chains,
+        cells: &RingCells<'_>,
         buffers: &[Descriptor],
         table: Option<&IndirectTable<'_>>,
-    ) -> u16 {
-        let descriptors = memory.area(RingArea::Descriptors);
+        writable: u32,
+    ) -> (u16, Given) {
         let id = self.free;
         self.free = self.links[usize::from(id)];
-        let size = chains.size();
-        let entries = match table {
+        let head = self.added;
+        let (head_words, entries) = match table {
             Some(table) => {
-                for (number, buffer) in buffers.iter().enumerate() {
-                    // The id and all other flags mean nothing here (§2.8.7).
-                    let raw = Raw { addr: buffer.addr, len: buffer.len, flags: access_flag(buffer), link: 0 };
-                    store_words(&table.memory, number as u16, raw.packed_words());
-                }
+                // The id and all other flags mean nothing here (§2.8.7).
+                write_table(table, buffers, |_, buffer| {
+                    Raw { addr: buffer.addr, len: buffer.len, flags: access_flag(buffer), link: 0 }.packed_words()
+                });
                 // As many as fit a queue, so their length fits too.
                 let len = DESCRIPTOR * buffers.len() as u32;
-                let flags = INDIRECT | self.added.available_flags();
-                self.put(&descriptors, self.added, Raw { addr: table.addr, len, flags, link: id });
-                1
+                let flags = INDIRECT | head.available_flags();
+                (Raw { addr: table.addr, len, flags, link: id }.packed_words(), 1)
             }
             None => {
-                let mut at = self.added;
-                for (number, buffer) in buffers.iter().enumerate() {
-                    let next = if number + 1 == buffers.len() { 0 } else { NEXT };
+                let words = |at: Cursor, number, buffer: &Descriptor| {
+                    let next = if number == buffers.len() { 0 } else { NEXT };
                     let flags = next | access_flag(buffer) | at.available_flags();
-                    self.put(&descriptors, at, Raw { addr: buffer.addr, len: buffer.len, flags, link: id });
-                    at = at.advance(1, size);
+                    Raw { addr: buffer.addr, len: buffer.len, flags, link: id }.packed_words()
+                };
+                let mut at = head;
+                for (number, buffer) in (1..).zip(buffers).skip(1) {
+                    at = at.advance(1, self.size());
+                    store(&cells.descriptors[usize::from(at.index)], words(at, number, buffer));
                 }
-                buffers.len() as u16
+                (words(head, 1, &buffers[0]), buffers.len() as u16)
             }
         };
-        self.added = self.added.advance(entries, size);
-        self.unpublished += u32::from(entries);
-        id
-    }
-
-    /// Writes a descriptor; of the first since the last publication all but the flags.
-    #[inline]
-    fn put(&mut self, descriptors: &HostSlice<'_>, at: Cursor, raw: Raw) {
-        if self.first.is_some() {
-            store_words(descriptors, at.index, raw.packed_words());
-            return;
+        let cell = &cells.descriptors[usize::from(head.index)];
+        match self.first {
+            Some(_) => store(cell, head_words),
+            None => {
+                cell[0].store(head_words.0.to_le(), Ordering::Relaxed);
+                self.first = Some((head.index, head_words.1));
+            }
         }
-        self.first = Some((at.index, raw.flags));
-        let descriptor = descriptor(descriptors, at.index);
-        descriptor.store_u64(0, raw.addr.0, Ordering::Relaxed);
-        descriptor.store_u32(packed::LEN, raw.len, Ordering::Relaxed);
-        descriptor.store_u16(packed::ID, raw.link, Ordering::Relaxed);
+        self.added = head.advance(entries, self.size());
+        self.unpublished += u32::from(entries);
+        (id, Given { entries, last: id, writable })
     }
 
     #[inline]
-    pub(super) fn publish<M: RingMemory>(&mut self, memory: &M) {
-        let Some((index, flags)) = self.first.take() else { return };
-        let descriptor = descriptor(&memory.area(RingArea::Descriptors), index);
+    pub(super) fn publish(&mut self, cells: &RingCells<'_>) {
+        let Some((index, rest)) = self.first.take() else { return };
         // Release: orders the stores of the whole batch, and of the buffers behind it, before this one.
-        descriptor.store_u16(packed::FLAGS, flags, Ordering::Release);
+        cells.descriptors[usize::from(index)][1].store(rest.to_le(), Ordering::Release);
         self.published = self.added;
         self.untold = self.untold.saturating_add(self.unpublished);
         self.unpublished = 0;
     }
 
     #[inline]
-    pub(super) fn needs_kick<M: RingMemory>(&mut self, memory: &M) -> bool {
+    pub(super) fn needs_kick(&mut self, cells: &RingCells<'_>) -> bool {
         let untold = self.untold;
         if untold == 0 {
             return false;
@@ -126,7 +121,7 @@ impl Ring {
         // Orders the store of the head's flags before the load of what the device wants; the device does the opposite
         // before it sleeps.
         fence(Ordering::SeqCst);
-        let wanted = memory.area(RingArea::Device).load_u32(0, Ordering::Relaxed);
+        let wanted = u32::from_le(cells.events[1][0].load(Ordering::Relaxed));
         let (event, flags) = (wanted as u16, (wanted >> 16) as u16 & 3);
         match (flags, self.notifications) {
             (EVENT_DISABLE, _) => false,
@@ -139,56 +134,56 @@ impl Ring {
     }
 
     #[inline]
-    pub(super) fn take_used<M: RingMemory>(
+    pub(super) fn take_used(
         &mut self,
-        memory: &M,
+        cells: &RingCells<'_>,
         chains: &mut Chains,
     ) -> Result<Option<Used>, DeviceError> {
-        if !self.look(memory, chains)? {
-            return Ok(None);
-        }
-        let descriptor = descriptor(&memory.area(RingArea::Descriptors), self.taken.index);
-        let id = descriptor.load_u16(packed::ID, Ordering::Relaxed);
-        let written = descriptor.load_u32(packed::LEN, Ordering::Relaxed);
-        let (used, entries) = chains.take(id.into(), written)?;
+        let Some(Raw { len: written, link: id, .. }) = self.look(cells, chains)? else { return Ok(None) };
+        let (used, given) = chains.take(id.into(), written)?;
         self.links[usize::from(id)] = self.free;
         self.free = id;
-        self.taken = self.taken.advance(entries, chains.size());
+        self.taken = self.taken.advance(given.entries, self.size());
         Ok(Some(used))
     }
 
-    /// Whether there is something to take.
+    /// The next used descriptor, if the device has written it: all of it in one load, so that its flags speak of the rest.
     #[inline]
-    fn look<M: RingMemory>(&self, memory: &M, chains: &Chains) -> Result<bool, DeviceError> {
-        let descriptor = descriptor(&memory.area(RingArea::Descriptors), self.taken.index);
-        // Acquire: orders this load before those of the rest, and of the buffers that came back.
-        let flags = descriptor.load_u16(packed::FLAGS, Ordering::Acquire);
-        match (self.taken.is_used(flags), chains.under_way) {
-            (false, _) => Ok(false),
-            (true, 0) => Err(DeviceError::NothingUnderWay),
-            (true, _) => Ok(true),
+    fn look(&self, cells: &RingCells<'_>, chains: &Chains) -> Result<Option<Raw>, DeviceError> {
+        // Acquire: orders this load before those of the buffers that came back.
+        let raw = self.next(cells, Ordering::Acquire);
+        match self.taken.is_used(raw.flags) {
+            false => Ok(None),
+            true if chains.are_all_back() => Err(DeviceError::NothingUnderWay),
+            true => Ok(Some(raw)),
         }
     }
 
+    /// What the device used next, or did not.
     #[inline]
-    pub(super) fn has_used<M: RingMemory>(&self, memory: &M) -> bool {
+    fn next(&self, cells: &RingCells<'_>, order: Ordering) -> Raw {
+        let rest = cells.descriptors[usize::from(self.taken.index)][1].load(order);
+        Raw::packed(0, u64::from_le(rest))
+    }
+
+    #[inline]
+    pub(super) fn has_used(&self, cells: &RingCells<'_>) -> bool {
         // A hint: `look` loads it again with the order that it needs.
-        let descriptor = descriptor(&memory.area(RingArea::Descriptors), self.taken.index);
-        self.taken.is_used(descriptor.load_u16(packed::FLAGS, Ordering::Relaxed))
+        self.taken.is_used(self.next(cells, Ordering::Relaxed).flags)
     }
 
-    pub(super) fn disable_callbacks<M: RingMemory>(&mut self, memory: &M) {
-        set_event(memory, 0, EVENT_DISABLE);
+    pub(super) fn disable_callbacks(&mut self, cells: &RingCells<'_>) {
+        set_event(cells, 0, EVENT_DISABLE);
     }
 
-    pub(super) fn enable_callbacks<M: RingMemory>(&mut self, memory: &M, chains: &Chains) -> Result<bool, DeviceError> {
+    pub(super) fn enable_callbacks(&mut self, cells: &RingCells<'_>, chains: &Chains) -> Result<bool, DeviceError> {
         match self.notifications {
-            Notifications::Flags => set_event(memory, 0, EVENT_ENABLE),
-            Notifications::EventIdx => set_event(memory, self.taken.bits(), EVENT_DESC),
+            Notifications::Flags => set_event(cells, 0, EVENT_ENABLE),
+            Notifications::EventIdx => set_event(cells, self.taken.bits(), EVENT_DESC),
         }
         // Orders the store above before the load of the next descriptor's flags; the device does the opposite.
         fence(Ordering::SeqCst);
-        self.look(memory, chains)
+        Ok(self.look(cells, chains)?.is_some())
     }
 
     #[inline]
@@ -198,7 +193,7 @@ impl Ring {
 }
 
 /// Both halves in one store, so that the device never sees a new flag with an old offset.
-fn set_event<M: RingMemory>(memory: &M, event: u16, flags: u16) {
+fn set_event(cells: &RingCells<'_>, event: u16, flags: u16) {
     let event = u32::from(event) | u32::from(flags) << 16;
-    memory.area(RingArea::Driver).store_u32(0, event, Ordering::Relaxed);
+    cells.events[0][0].store(event.to_le(), Ordering::Relaxed);
 }
