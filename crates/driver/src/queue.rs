@@ -1,11 +1,11 @@
 use alloc::vec::Vec;
 use ringfence_dma::{BusAddr, Coherent, DmaError, HostSlice, Mapper};
-use ringfence_ring::{DriverQueue, Indirect, Layout, LayoutError, RingArea, RingCells, RingSlices, Rules};
+use ringfence_ring::{DriverQueue, Indirect, Layout, LayoutError, RingArea, RingCells, RingSlices, Rules, Token};
 
 /// A queue of a device, in coherent memory.
 #[derive(Debug)]
-pub(crate) struct Queue<'a, M: Mapper + ?Sized> {
-    pub(crate) ring: DriverQueue<RingCells<'a>>,
+pub(crate) struct Queue<'a, M: Mapper + ?Sized, T = ()> {
+    pub(crate) ring: DriverQueue<RingCells<'a>, T>,
     pub(crate) layout: Layout,
     pub(crate) indirect: Indirect,
     /// Where the ring is: to be kept until the device is reset.
@@ -43,6 +43,12 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
             DriverQueue::new(rules, size, RingCells::new(rules.format, size, &slices)).map_err(QueueError::Layout)?;
         ring.disable_callbacks();
         Ok(Self { ring, layout, indirect: rules.indirect, _memory: memory })
+    }
+
+    /// The same, with a record beside each chain.
+    pub(crate) fn keeping<T>(self, records: impl FnMut(Token) -> T) -> Queue<'a, M, T> {
+        let Self { ring, layout, indirect, _memory } = self;
+        Queue { ring: ring.keeping(records), layout, indirect, _memory }
     }
 }
 

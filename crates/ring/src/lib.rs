@@ -30,7 +30,7 @@ mod wire;
 pub use cells::{RingCells, RingSlices};
 pub use chain::{Chain, Descriptor, Head};
 pub use device::{DeviceQueue, OpenQueue};
-pub use driver::{AddError, DeviceError, DriverQueue, IndirectTable, RingMemory, Token, Used};
+pub use driver::{AddError, DeviceError, DriverQueue, Framed, IndirectTable, Returned, RingMemory, Token, Used};
 pub use error::{RingError, RingStop};
 pub use layout::{Layout, LayoutError, RingArea};
 pub use position::Position;

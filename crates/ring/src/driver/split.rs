@@ -1,81 +1,83 @@
 //! The driver's half of a split ring (§2.7).
 
-use super::{Chains, Given, IndirectTable, Used, access_flag, store, write_table};
+use super::{Chains, Returned, Standing, access_flag, store};
 use crate::cells::RingCells;
-use crate::wire::{DESCRIPTOR, INDIRECT, NEXT, Raw, SPLIT_SILENT, avail, event_passed, used};
+use crate::wire::{INDIRECT, NEXT, Raw, SPLIT_SILENT, avail, event_passed, used};
 use crate::{Descriptor, DeviceError, Notifications};
-use alloc::boxed::Box;
 use core::sync::atomic::{Ordering, fence};
+use ringfence_dma::BusAddr;
 
 /// All indices are free-running.
 #[derive(Debug)]
 pub(super) struct Ring {
     notifications: Notifications,
-    /// From each descriptor to the next, of a chain or of the free ones: what the ring says too, and is not asked.
-    links: Box<[u16]>,
-    /// The first free descriptor, where there is one.
-    free: u16,
-    /// The next avail entry to write.
-    added: u16,
-    /// The avail index that the device sees.
-    published: u16,
-    /// How many entries were published since the device was last told or found not to care; `None`: too many.
-    untold: Option<u16>,
+    /// A mask for slots.
+    mask: u16,
+    /// How many entries were ever added: the last 16 bits are the next avail entry to write.
+    added: u64,
+    /// How many of them the device sees.
+    published: u64,
+    /// How many had been added when the device was last told or found not to care.
+    told: u64,
     /// The next used entry to take.
     taken: u16,
     /// The used index as last read.
     seen: u16,
+    /// Nothing is taken any more.
+    broken: bool,
 }
 
 impl Ring {
     pub(super) fn new(size: u16, notifications: Notifications) -> Self {
-        // The last links to a descriptor that is not there, and is never followed: `Chains` counts the free ones.
-        let links = (1..=size).collect();
-        Self { notifications, links, free: 0, added: 0, published: 0, untold: Some(0), taken: 0, seen: 0 }
+        Self { notifications, mask: size - 1, added: 0, published: 0, told: 0, taken: 0, seen: 0, broken: false }
     }
 
-    #[inline]
-    pub(super) fn next_id(&self) -> u16 {
-        self.free
+    /// A descriptor of a table, in which each is followed by the next.
+    #[inline(always)]
+    pub(super) fn in_table(buffer: &Descriptor, number: usize, goes_on: bool) -> (u64, u64) {
+        linked(buffer, goes_on, number as u16 + 1)
     }
 
-    /// There is room, and the table is large enough.
-    #[inline]
-    pub(super) fn add(
+    /// Adds chain `id`, which lies in a table of `len` bytes at `addr`.
+    #[inline(always)]
+    pub(super) fn add_table(&mut self, cells: &RingCells<'_>, id: u16, addr: BusAddr, len: u32) {
+        store(&cells.descriptors[usize::from(id)], Raw { addr, len, flags: INDIRECT, link: 0 }.split_words());
+        self.add_head(cells, id);
+    }
+
+    /// Adds a chain, and says its id. There is room.
+    #[inline(always)]
+    pub(super) fn add<T>(
         &mut self,
         cells: &RingCells<'_>,
+        chains: &mut Chains<T>,
         buffers: &[Descriptor],
-        table: Option<&IndirectTable<'_>>,
         writable: u32,
-    ) -> (u16, Given) {
-        let head = self.free;
-        let given = match table {
-            Some(table) => {
-                write_table(table, buffers, |number, buffer| words(buffer, number + 1, buffers.len()));
-                // As many as fit a queue, so their length fits too.
-                let len = DESCRIPTOR * buffers.len() as u32;
-                let raw = Raw { addr: table.addr, len, flags: INDIRECT, link: 0 };
-                store(&cells.descriptors[usize::from(head)], raw.split_words());
-                self.free = self.links[usize::from(head)];
-                Given { entries: 1, last: head, writable }
-            }
-            None => {
-                let (mut last, mut next) = (head, head);
-                for (number, buffer) in (1..).zip(buffers) {
-                    last = next;
-                    next = self.links[usize::from(last)];
-                    let link = if usize::from(number) == buffers.len() { 0 } else { next };
-                    let (addr, rest) = words(buffer, number, buffers.len());
-                    store(&cells.descriptors[usize::from(last)], (addr, rest & LINKLESS | u64::from(link) << 48));
-                }
-                self.free = next;
-                Given { entries: buffers.len() as u16, last, writable }
-            }
-        };
-        let slot = self.added & (self.size() - 1);
-        cells.avail_entry(slot).store(head.to_le(), Ordering::Relaxed);
+    ) -> u16 {
+        let head = chains.next;
+        let (mut last, mut next) = (head, head);
+        for number in 0..buffers.len() {
+            last = next;
+            next = chains.links[usize::from(last)];
+            chains.entries[usize::from(last)].standing = Standing::Nowhere;
+            store(&cells.descriptors[usize::from(last)], linked(&buffers[number], number + 1 < buffers.len(), next));
+        }
+        chains.next = next;
+        chains.give(head, last, buffers.len() as u16, writable);
+        self.add_head(cells, head);
+        head
+    }
+
+    /// Another buffer in the middle of a chain that is there.
+    #[inline(always)]
+    pub(super) fn replace(cells: &RingCells<'_>, middle: u16, buffer: &Descriptor, last: u16) {
+        store(&cells.descriptors[usize::from(middle)], linked(buffer, true, last));
+    }
+
+    #[inline(always)]
+    pub(super) fn add_head(&mut self, cells: &RingCells<'_>, head: u16) {
+        cells.avail_entry(self.added as u16 & self.mask).store(head.to_le(), Ordering::Relaxed);
         self.added = self.added.wrapping_add(1);
-        (head, given)
     }
 
     #[inline]
@@ -84,18 +86,18 @@ impl Ring {
             return;
         }
         // Release: orders the stores of entries, descriptors and buffers before this one.
-        cells.avail_word(avail::INDEX).store(self.added.to_le(), Ordering::Release);
-        self.untold = self.untold.and_then(|untold| untold.checked_add(self.added.wrapping_sub(self.published)));
+        cells.avail_word(avail::INDEX).store((self.added as u16).to_le(), Ordering::Release);
         self.published = self.added;
     }
 
+    /// Everything is published.
     #[inline]
     pub(super) fn needs_kick(&mut self, cells: &RingCells<'_>) -> bool {
-        let untold = self.untold;
-        if untold == Some(0) {
+        let untold = self.added.wrapping_sub(self.told);
+        if untold == 0 {
             return false;
         }
-        self.untold = Some(0);
+        self.told = self.added;
         // Orders the store of the avail index before the load of what the device wants; the device does the opposite
         // before it sleeps.
         fence(Ordering::SeqCst);
@@ -104,40 +106,55 @@ impl Ring {
             Notifications::Flags => load(used::FLAGS) & SPLIT_SILENT == 0,
             Notifications::EventIdx => {
                 let event = load(used::avail_event(self.size()));
-                untold.is_none_or(|untold| event_passed(event, self.published, untold))
+                // More than all indices are all of them.
+                u16::try_from(untold).map_or(true, |untold| event_passed(event, self.added as u16, untold))
             }
         }
     }
 
-    #[inline]
-    pub(super) fn take_used(
+    /// Takes back the next chain that the device has used. After an error nothing is taken any more.
+    #[inline(always)]
+    pub(super) fn pop_used<'c, T>(
         &mut self,
         cells: &RingCells<'_>,
-        chains: &mut Chains,
-    ) -> Result<Option<Used>, DeviceError> {
-        if self.taken == self.seen && !self.look(cells)? {
+        chains: &'c mut Chains<T>,
+    ) -> Result<Option<(Returned, &'c mut T)>, DeviceError> {
+        if self.taken == self.seen && !self.look(cells, &mut chains.free)? {
             return Ok(None);
         }
-        let slot = self.taken & (self.size() - 1);
-        let [id, written] = &cells.used_entries[usize::from(slot)];
+        let [id, written] = &cells.used_entries[usize::from(self.taken & self.mask)];
         let id = u32::from_le(id.load(Ordering::Relaxed));
         let written = u32::from_le(written.load(Ordering::Relaxed));
-        let (used, given) = chains.take(id, written)?;
-        // The chain goes before the free ones, by our own links.
-        self.links[usize::from(given.last)] = self.free;
-        self.free = used.token.0;
-        self.taken = self.taken.wrapping_add(1);
-        Ok(Some(used))
+        match chains.take(id, written) {
+            Ok((returned, _, record)) => {
+                self.taken = self.taken.wrapping_add(1);
+                Ok(Some((returned, record)))
+            }
+            Err(error) => {
+                self.break_down();
+                Err(error)
+            }
+        }
+    }
+
+    #[cold]
+    fn break_down(&mut self) {
+        (self.seen, self.broken) = (self.taken, true);
     }
 
     /// Reads the used index; `true` if there is something to take.
     #[inline]
-    fn look(&mut self, cells: &RingCells<'_>) -> Result<bool, DeviceError> {
+    fn look(&mut self, cells: &RingCells<'_>, free: &mut u16) -> Result<bool, DeviceError> {
         // Acquire: orders this load before those of the entries, and of the buffers that came back.
         let index = u16::from_le(cells.used_word(used::INDEX).load(Ordering::Acquire));
         // A ring has no more than half as many entries as there are indices.
-        let (next, under_way) = (self.taken, self.added.wrapping_sub(self.taken));
+        let (next, under_way) = (self.taken, (self.added as u16).wrapping_sub(self.taken));
+        if self.broken {
+            return Ok(false);
+        }
         if index.wrapping_sub(next) > under_way {
+            self.break_down();
+            *free = 0;
             return Err(DeviceError::UsedIndex { index, next, under_way });
         }
         self.seen = index;
@@ -158,14 +175,18 @@ impl Ring {
         }
     }
 
-    pub(super) fn enable_callbacks(&mut self, cells: &RingCells<'_>, _: &Chains) -> Result<bool, DeviceError> {
+    pub(super) fn enable_callbacks<T>(
+        &mut self,
+        cells: &RingCells<'_>,
+        chains: &mut Chains<T>,
+    ) -> Result<bool, DeviceError> {
         match self.notifications {
             Notifications::Flags => cells.avail_word(avail::FLAGS).store(0, Ordering::Relaxed),
             Notifications::EventIdx => self.ask_for(cells, self.taken),
         }
         // Orders the store above before the load of the used index; the device does the opposite.
         fence(Ordering::SeqCst);
-        self.look(cells)
+        self.look(cells, &mut chains.free)
     }
 
     fn ask_for(&self, cells: &RingCells<'_>, event: u16) {
@@ -174,16 +195,13 @@ impl Ring {
 
     #[inline]
     fn size(&self) -> u16 {
-        self.links.len() as u16
+        self.mask + 1
     }
 }
 
-/// A descriptor without where its chain goes on.
-const LINKLESS: u64 = u64::MAX >> 16;
-
-/// The descriptor of the buffer that is number `number`, counted from 1, of `count`, where each is followed by the next.
-#[inline]
-fn words(buffer: &Descriptor, number: u16, count: usize) -> (u64, u64) {
-    let (flags, link) = if usize::from(number) == count { (0, 0) } else { (NEXT, number) };
+/// The descriptor of a buffer, in a chain that goes on at `next` or ends.
+#[inline(always)]
+fn linked(buffer: &Descriptor, goes_on: bool, next: u16) -> (u64, u64) {
+    let (flags, link) = if goes_on { (NEXT, next) } else { (0, 0) };
     Raw { addr: buffer.addr, len: buffer.len, flags: flags | access_flag(buffer), link }.split_words()
 }

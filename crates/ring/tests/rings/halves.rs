@@ -137,6 +137,10 @@ impl<'w> Pair<'w> {
                 assert_eq!(self.given.insert(token, table), None, "a token twice");
                 assert_eq!(usize::from(free - self.driver.free()), needed);
                 self.added.push_back((token, buffers));
+                // A packed ring shows each chain at once.
+                if self.world.rules.format == Format::Packed {
+                    self.published.append(&mut self.added);
+                }
             }
             Err(error) => {
                 self.tables.extend(table);
