@@ -331,7 +331,8 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
             if segments == 0 {
                 return Err(StartError::Config { field: "queue_size", value: depth.into() });
             }
-            let limits = Limits { segments, piece: said.piece.min(mapper.max_len()).max(1) };
+            let limits =
+                Limits { segments, piece: said.piece.min(mapper.max_len()).min(Limits::BYTES as usize).max(1) };
             let records = Queue::records(mapper, ring, limits)?;
             disk.finished.reserve(usize::from(depth));
             let ring = disk.device.queues.remove(0);
@@ -441,7 +442,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     ///
     /// # Errors
     /// [`BlkError::Transport`] and [`BlkError::Broken`].
-    #[inline]
+    #[inline(always)]
     pub fn notify(&mut self) -> Result<(), BlkError<T::Error>> {
         match self.queues[0].needs_kick()? {
             true => self.device.transport.notify(QUEUE).map_err(BlkError::Transport),

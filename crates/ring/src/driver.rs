@@ -447,8 +447,9 @@ impl<M: RingMemory, T> DriverQueue<M, T> {
         either!(&mut self.ring, ring => ring.publish(&self.memory.cells()));
     }
 
-    /// Publishes, and says whether the device wants to be told of what was published since this was last asked.
-    #[inline]
+    /// Publishes, and says whether the device wants to be told of what was published since this was last asked. A
+    /// device that broke the queue is told of nothing.
+    #[inline(always)]
     pub fn needs_kick(&mut self) -> bool {
         either!(&mut self.ring, ring => {
             let cells = self.memory.cells();

@@ -25,6 +25,8 @@ pub struct Queue<'a, M: Mapper + ?Sized> {
     mapper: &'a M,
     geometry: Geometry,
     limits: Limits,
+    /// How many sectors one piece of memory may have.
+    longest: u64,
     /// Counts requests.
     generation: u64,
     /// The answer to the last [`Request::Id`].
@@ -82,6 +84,7 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
             mapper,
             geometry,
             limits,
+            longest: limits.piece as u64 / SECTOR,
             generation: 0,
             name: [0; 20],
             // Up to 65535.
@@ -160,10 +163,13 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
         self.needs_kick()
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn needs_kick<E>(&mut self) -> Result<bool, BlkError<E>> {
-        self.usable()?;
-        Ok(self.ring.ring.needs_kick())
+        // A broken queue has nothing to tell of.
+        match self.ring.ring.needs_kick() {
+            true => Ok(true),
+            false => self.usable().map(|()| false),
+        }
     }
 
     /// A request that has come to its end, if there is one. Does not wait.
@@ -203,12 +209,12 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     }
 
     /// Whether a transfer over one buffer can be as it is: whole sectors, in one piece, on the disk.
-    #[inline]
+    #[inline(always)]
     fn is_usual(&self, sector: u64, len: usize) -> bool {
-        let sectors = len as u64 / SECTOR;
+        // Enormous, where it is no whole number of sectors.
+        let sectors = (len as u64).rotate_right(SECTOR.trailing_zeros());
         // Not 0, and no longer than a piece.
-        len.wrapping_sub(1) < self.limits.piece
-            && len as u64 % SECTOR == 0
+        sectors.wrapping_sub(1) < self.longest
             && self.geometry.sectors.checked_sub(sector).is_some_and(|left| sectors <= left)
     }
 

@@ -129,7 +129,7 @@ impl Ring {
     #[inline(always)]
     pub(super) fn publish(&mut self, _: &RingCells<'_>) {}
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn needs_kick(&mut self, cells: &RingCells<'_>) -> bool {
         let untold = self.count.wrapping_sub(self.told);
         if untold == 0 {
@@ -177,10 +177,16 @@ impl Ring {
                 Ok(Some((returned, record)))
             }
             Err(error) => {
-                self.used = BROKEN;
+                self.break_down();
                 Err(error)
             }
         }
+    }
+
+    /// Nothing is taken any more, and there is nothing to tell of.
+    #[cold]
+    fn break_down(&mut self) {
+        (self.used, self.told) = (BROKEN, self.count);
     }
 
     #[cold]
@@ -221,7 +227,8 @@ impl Ring {
         fence(Ordering::SeqCst);
         match self.next(cells, Ordering::Relaxed) & TURN == self.used {
             true if chains.are_all_back() => {
-                (self.used, chains.free) = (BROKEN, 0);
+                self.break_down();
+                chains.free = 0;
                 Err(DeviceError::NothingUnderWay)
             }
             more => Ok(more),

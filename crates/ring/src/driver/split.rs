@@ -91,7 +91,7 @@ impl Ring {
     }
 
     /// Everything is published.
-    #[inline]
+    #[inline(always)]
     pub(super) fn needs_kick(&mut self, cells: &RingCells<'_>) -> bool {
         let untold = self.added.wrapping_sub(self.told);
         if untold == 0 {
@@ -139,7 +139,7 @@ impl Ring {
 
     #[cold]
     fn break_down(&mut self) {
-        (self.seen, self.broken) = (self.taken, true);
+        (self.seen, self.broken, self.told) = (self.taken, true, self.added);
     }
 
     /// Reads the used index; `true` if there is something to take.
