@@ -23,6 +23,10 @@ pub struct RingCells<'m> {
     format: Format,
     /// Two words each, as many as the ring has.
     pub(crate) descriptors: &'m [[AtomicU64; 2]],
+    /// Split: the words that are looked at most.
+    pub(crate) avail_index: &'m AtomicU16,
+    pub(crate) used_flags: &'m AtomicU16,
+    pub(crate) used_index: &'m AtomicU16,
     /// Split: the avail ring, word by word.
     pub(crate) avail: &'m [AtomicU16],
     /// Split: the used ring, word by word, for its head and its tail.
@@ -48,6 +52,9 @@ impl<'m> RingCells<'m> {
             Format::Split => Self {
                 format,
                 descriptors,
+                avail_index: word(driver, RingArea::Driver, avail::INDEX),
+                used_flags: word(device, RingArea::Device, used::FLAGS),
+                used_index: word(device, RingArea::Device, used::INDEX),
                 avail: cells(driver, RingArea::Driver, 0, len(RingArea::Driver) / 2),
                 used: cells(device, RingArea::Device, 0, len(RingArea::Device) / 2),
                 used_entries: cells(device, RingArea::Device, used::id(0) as usize, count),
@@ -56,6 +63,9 @@ impl<'m> RingCells<'m> {
             Format::Packed => Self {
                 format,
                 descriptors,
+                avail_index: &NOWHERE,
+                used_flags: &NOWHERE,
+                used_index: &NOWHERE,
                 avail: &[],
                 used: &[],
                 used_entries: &[],
@@ -76,7 +86,7 @@ impl<'m> RingCells<'m> {
     /// Sets all of it to zero.
     pub(crate) fn clear(&self) {
         use core::sync::atomic::Ordering::Relaxed;
-        let Self { format: _, descriptors, avail, used, used_entries, events } = self;
+        let Self { descriptors, avail, used, used_entries, events, .. } = self;
         descriptors.iter().flatten().for_each(|word| word.store(0, Relaxed));
         avail.iter().chain(*used).for_each(|word| word.store(0, Relaxed));
         used_entries.iter().flatten().chain(events.iter().copied().flatten()).for_each(|word| word.store(0, Relaxed));
@@ -99,6 +109,13 @@ impl<'m> RingCells<'m> {
     pub(crate) fn used_word(&self, offset: u32) -> &'m AtomicU16 {
         &self.used[offset as usize / 2]
     }
+}
+
+/// A word that a packed ring does not have.
+static NOWHERE: AtomicU16 = AtomicU16::new(0);
+
+fn word(slice: HostSlice<'_>, area: RingArea, offset: u32) -> &AtomicU16 {
+    &cells::<AtomicU16>(slice, area, offset as usize, 1)[0]
 }
 
 fn cells<'m, T: Cell>(slice: HostSlice<'m>, area: RingArea, offset: usize, count: usize) -> &'m [T] {

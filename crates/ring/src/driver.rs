@@ -64,7 +64,7 @@ pub struct IndirectTable<'m> {
 pub struct Framed<'m> {
     /// Where a header is, and how long, up to 2048 bytes: always the same for the same token.
     pub before: (BusAddr, u32),
-    /// What changes.
+    /// What changes: a byte at least, and less than 4 GiB by 4096 bytes and more. Else this is a malformed chain.
     pub data: Descriptor,
     /// Where there is room for an answer, and how much, up to 2048 bytes: always the same for the same token.
     pub after: (BusAddr, u32),
@@ -76,7 +76,7 @@ impl Framed<'_> {
     /// How many bytes of the chain are writable.
     #[inline(always)]
     fn writable(&self) -> u32 {
-        if self.data.access == Access::Write { self.data.len + self.after.1 } else { self.after.1 }
+        if self.data.access == Access::Write { self.data.len.wrapping_add(self.after.1) } else { self.after.1 }
     }
 }
 
@@ -234,7 +234,8 @@ impl<M: RingMemory> DriverQueue<M> {
 
 impl<M: RingMemory, T> DriverQueue<M, T> {
     /// Adds a chain: bytes for the device to read, then bytes for it to write. The device sees it after
-    /// [`Self::publish`]; in a packed ring, where no store can be saved for a batch, it may see it before. With a `table` it takes up one entry of the ring, else one for each buffer.
+    /// [`Self::publish`]; in a packed ring, where no store can be saved for a batch, it may see it before. With a `table`
+    /// it takes up one entry of the ring, else one for each buffer.
     ///
     /// # Errors
     /// Those of [`AddError`].
@@ -269,49 +270,51 @@ impl<M: RingMemory, T> DriverQueue<M, T> {
         let (framed, answer) = make(&mut entry.record)?;
         let Framed { before, data, after, table } = framed;
         // Of itself or with its frame it is not too long for 32 bits.
-        let added = data.len.wrapping_sub(1) < FRAMED_LEN
-            && match (&mut self.ring, table) {
-                (Ring::Split(ring), None) if entry.standing == Standing::InRing => {
-                    (entry.taken, entry.writable) = (3, framed.writable());
-                    (*next, *free) = (links[usize::from(entry.last)], left.wrapping_sub(3));
-                    let cells = self.memory.cells();
-                    split::Ring::replace(&cells, entry.middle, &data, entry.last);
-                    ring.add_head(&cells, id);
-                    true
+        debug_assert!((1..FRAMED_LEN).contains(&data.len), "{} bytes of data", data.len);
+        let added = match (&mut self.ring, table) {
+            (Ring::Split(ring), None) if left >= 3 && entry.standing == Standing::InRing => {
+                (entry.taken, entry.writable) = (3, framed.writable());
+                (*next, *free) = (links[usize::from(entry.last)], left.wrapping_sub(3));
+                let cells = self.memory.cells();
+                split::Ring::replace(&cells, entry.middle, &data, entry.last);
+                ring.add_head(&cells, id);
+                true
+            }
+            (Ring::Packed(ring), None) if left >= 3 => {
+                // `last` never was anything but the id.
+                (entry.taken, entry.writable) = (3, framed.writable());
+                (*next, *free) = (links[usize::from(id)], left.wrapping_sub(3));
+                ring.add_three(&self.memory.cells(), id, framed_chain(before, data, after));
+                true
+            }
+            (ring, Some(table)) if entry.standing == Standing::InTable => {
+                // It was in order when the table was written.
+                if let Some([[_, middle, _]]) = table.memory.cells::<[[AtomicU64; 2]; 3]>(0, 1) {
+                    let words = match ring {
+                        Ring::Split(_) => split::Ring::in_table(&data, 1, true),
+                        Ring::Packed(_) => packed::Ring::in_table(&data),
+                    };
+                    store(middle, words);
                 }
-                (Ring::Packed(ring), None) => {
-                    // `last` never was anything but the id.
-                    (entry.taken, entry.writable) = (3, framed.writable());
-                    (*next, *free) = (links[usize::from(id)], left.wrapping_sub(3));
-                    ring.add_three(&self.memory.cells(), id, framed_chain(before, data, after));
-                    true
-                }
-                (ring, Some(table)) if entry.standing == Standing::InTable => {
-                    // It was in order when the table was written.
-                    if let Some([[_, middle, _]]) = table.memory.cells::<[[AtomicU64; 2]; 3]>(0, 1) {
-                        let words = match ring {
-                            Ring::Split(_) => split::Ring::in_table(&data, 1, true),
-                            Ring::Packed(_) => packed::Ring::in_table(&data),
-                        };
-                        store(middle, words);
-                    }
-                    (entry.last, entry.taken, entry.writable) = (id, 1, framed.writable());
-                    (*next, *free) = (links[usize::from(id)], left.wrapping_sub(1));
-                    let cells = self.memory.cells();
-                    either!(ring, ring => ring.add_table(&cells, id, table.addr, 3 * DESCRIPTOR));
-                    true
-                }
-                _ => false,
-            };
+                (entry.last, entry.taken, entry.writable) = (id, 1, framed.writable());
+                (*next, *free) = (links[usize::from(id)], left.wrapping_sub(1));
+                let cells = self.memory.cells();
+                either!(ring, ring => ring.add_table(&cells, id, table.addr, 3 * DESCRIPTOR));
+                true
+            }
+            _ => false,
+        };
         if !added {
             // In pieces: as a whole it would be put together in memory for this alone.
             let table = table.map(|table| (table.memory, table.addr)).unzip();
-            self.frame_anew(before, data.addr, data.len, data.access, after, table.0, table.1);
+            if !self.frame_anew(before, data.addr, data.len, data.access, after, table.0, table.1) {
+                return Ok(None);
+            }
         }
         Ok(Some(answer))
     }
 
-    /// A chain whose frame is not in its place, but will be the next time.
+    /// Adds a chain whose frame is not in its place, but will be the next time, if there is room.
     #[inline(never)]
     #[expect(clippy::too_many_arguments, reason = "see above")]
     fn frame_anew(
@@ -323,10 +326,11 @@ impl<M: RingMemory, T> DriverQueue<M, T> {
         after: (BusAddr, u32),
         table_memory: Option<HostSlice<'_>>,
         table_addr: Option<BusAddr>,
-    ) {
+    ) -> bool {
         let table = table_memory.zip(table_addr).map(|(memory, addr)| IndirectTable { memory, addr });
         let token = match self.add(&framed_chain(before, Descriptor { addr, len, access }, after), table) {
             Ok(token) => token,
+            Err(AddError::Full { .. }) => return false,
             Err(error) => panic!("a framed chain: {error}"),
         };
         let aligned = table.is_some_and(|table| table.memory.cells::<AtomicU64>(0, 1).is_some());
@@ -337,6 +341,7 @@ impl<M: RingMemory, T> DriverQueue<M, T> {
             (Ring::Split(_), None) => Standing::InRing,
             _ => Standing::Nowhere,
         };
+        true
     }
 
     /// [`Self::add`] without a reason, and for a table that starts on a multiple of 8.

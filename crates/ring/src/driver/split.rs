@@ -4,7 +4,7 @@ use super::{Chains, Returned, Standing, access_flag, store};
 use crate::cells::RingCells;
 use crate::wire::{INDIRECT, NEXT, Raw, SPLIT_SILENT, avail, event_passed, used};
 use crate::{Descriptor, DeviceError, Notifications};
-use core::sync::atomic::{Ordering, fence};
+use core::sync::atomic::{AtomicU16, Ordering, fence};
 use ringfence_dma::BusAddr;
 
 /// All indices are free-running.
@@ -86,7 +86,7 @@ impl Ring {
             return;
         }
         // Release: orders the stores of entries, descriptors and buffers before this one.
-        cells.avail_word(avail::INDEX).store((self.added as u16).to_le(), Ordering::Release);
+        cells.avail_index.store((self.added as u16).to_le(), Ordering::Release);
         self.published = self.added;
     }
 
@@ -101,11 +101,11 @@ impl Ring {
         // Orders the store of the avail index before the load of what the device wants; the device does the opposite
         // before it sleeps.
         fence(Ordering::SeqCst);
-        let load = |offset| u16::from_le(cells.used_word(offset).load(Ordering::Relaxed));
+        let load = |word: &AtomicU16| u16::from_le(word.load(Ordering::Relaxed));
         match self.notifications {
-            Notifications::Flags => load(used::FLAGS) & SPLIT_SILENT == 0,
+            Notifications::Flags => load(cells.used_flags) & SPLIT_SILENT == 0,
             Notifications::EventIdx => {
-                let event = load(used::avail_event(self.size()));
+                let event = load(cells.used_word(used::avail_event(self.size())));
                 // More than all indices are all of them.
                 u16::try_from(untold).map_or(true, |untold| event_passed(event, self.added as u16, untold))
             }
@@ -146,7 +146,7 @@ impl Ring {
     #[inline]
     fn look(&mut self, cells: &RingCells<'_>, free: &mut u16) -> Result<bool, DeviceError> {
         // Acquire: orders this load before those of the entries, and of the buffers that came back.
-        let index = u16::from_le(cells.used_word(used::INDEX).load(Ordering::Acquire));
+        let index = u16::from_le(cells.used_index.load(Ordering::Acquire));
         // A ring has no more than half as many entries as there are indices.
         let (next, under_way) = (self.taken, (self.added as u16).wrapping_sub(self.taken));
         if self.broken {
@@ -164,7 +164,7 @@ impl Ring {
     #[inline]
     pub(super) fn has_used(&self, cells: &RingCells<'_>) -> bool {
         // A hint: `look` loads it again with the order that it needs.
-        self.taken != u16::from_le(cells.used_word(used::INDEX).load(Ordering::Relaxed))
+        self.taken != u16::from_le(cells.used_index.load(Ordering::Relaxed))
     }
 
     pub(super) fn disable_callbacks(&mut self, cells: &RingCells<'_>) {
