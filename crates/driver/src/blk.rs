@@ -10,7 +10,7 @@ use crate::{Host, Running, StartError, Transport, Wants, start};
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use config::{Limits, read_config};
-use core::fmt;
+use core::{fmt, mem};
 use ringfence_dma::{Buffer, DmaError, Mapper};
 use ringfence_ring::DeviceError;
 use virtio_spec::blk::F;
@@ -31,8 +31,10 @@ pub const SECTOR: u64 = 512;
 pub struct Blk<'a, T: Transport, M: Mapper + ?Sized> {
     device: Running<'a, T, M>,
     geometry: Geometry,
-    /// The first is the one that this type's own methods use.
-    queues: Vec<Queue<'a, M>>,
+    /// The one that this type's own methods use.
+    queue: Queue<'a, M>,
+    /// The others.
+    more: Vec<Queue<'a, M>>,
     /// Completed while somebody waited for another request, and not handed out yet.
     finished: VecDeque<Completion>,
 }
@@ -321,29 +323,33 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
             }
             read_config(transport, features)
         })?;
-        // From here on it is reset before anything that it was told of goes.
-        let mut disk = Self { device, geometry, queues: Vec::new(), finished: VecDeque::new() };
-        for _ in 0..count {
-            let (mapper, ring) = (disk.device.mapper, &disk.device.queues[0]);
+        let mut device = device;
+        let mapper = device.mapper;
+        let piece = said.piece.min(mapper.max_len()).min(Limits::BYTES as usize).max(1);
+        // The device was not told of these: should one fail, it is reset before its rings go.
+        let prepare = |ring: &crate::queue::Queue<'a, M>| {
             let depth = ring.ring.size();
             // A chain, in a table or not, has at most as many descriptors as the queue, and two are header and status.
             let segments = said.segments.min(options.segments).min(depth.saturating_sub(2));
             if segments == 0 {
                 return Err(StartError::Config { field: "queue_size", value: depth.into() });
             }
-            let limits =
-                Limits { segments, piece: said.piece.min(mapper.max_len()).min(Limits::BYTES as usize).max(1) };
-            let records = Queue::records(mapper, ring, limits)?;
-            disk.finished.reserve(usize::from(depth));
-            let ring = disk.device.queues.remove(0);
-            disk.queues.push(Queue::new(mapper, ring, records, geometry, limits));
-        }
-        Ok(disk)
+            let limits = Limits { segments, piece };
+            Ok((Queue::records(mapper, ring, limits)?, limits))
+        };
+        let prepared = device.queues.iter().map(prepare).collect::<Result<Vec<_>, _>>()?;
+        let rings = mem::take(&mut device.queues).into_iter().zip(prepared);
+        let mut queues = rings.map(|(ring, (records, limits))| Queue::new(mapper, ring, records, geometry, limits));
+        let queue = queues.next().expect("one at least was wanted");
+        let more = queues.collect();
+        let finished = VecDeque::with_capacity(queue.depth());
+        Ok(Self { device, geometry, queue, more, finished })
     }
 
     /// The way to the device and the queues, for as many threads.
-    pub fn split(&mut self) -> (&mut T, &mut [Queue<'a, M>]) {
-        (&mut self.device.transport, &mut self.queues)
+    pub fn split(&mut self) -> (&mut T, Vec<&mut Queue<'a, M>>) {
+        let Self { device, queue, more, .. } = self;
+        (&mut device.transport, core::iter::once(queue).chain(more).collect())
     }
 
     /// What the disk is like.
@@ -400,7 +406,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
 
     /// The disk's name as it last said it, padded with zeroes (§5.2.6); all zeroes where it was not asked.
     pub fn name(&self) -> [u8; 20] {
-        self.queues[0].name()
+        self.queue.name()
     }
 
     /// Forgets what is in `sectors` sectors from `sector` on.
@@ -428,13 +434,13 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
         if !self.finished.is_empty() && self.is_crowded() {
             return Err(BlkError::Busy);
         }
-        self.queues[0].put(request)
+        self.queue.put(request)
     }
 
     /// Completions that nobody polls count too: they are kept, in room of a limited size.
     #[cold]
     fn is_crowded(&self) -> bool {
-        let queue = &self.queues[0];
+        let queue = &self.queue;
         queue.usable::<T::Error>().is_ok() && self.finished.len() + queue.under_way() >= queue.depth()
     }
 
@@ -444,7 +450,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     /// [`BlkError::Transport`] and [`BlkError::Broken`].
     #[inline(always)]
     pub fn notify(&mut self) -> Result<(), BlkError<T::Error>> {
-        match self.queues[0].needs_kick()? {
+        match self.queue.needs_kick()? {
             true => self.device.transport.notify(QUEUE).map_err(BlkError::Transport),
             false => Ok(()),
         }
@@ -457,7 +463,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     #[inline]
     pub fn poll(&mut self) -> Result<Option<Completion>, BlkError<T::Error>> {
         match self.finished.is_empty() {
-            true => self.queues[0].reap(),
+            true => self.queue.reap(),
             false => Ok(self.kept()),
         }
     }
@@ -466,7 +472,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     #[cold]
     fn kept(&mut self) -> Option<Completion> {
         let completion = self.finished.pop_front()?;
-        self.queues[0].give_back(completion.id);
+        self.queue.give_back(completion.id);
         Some(completion)
     }
 
@@ -487,26 +493,26 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     /// [`BlkError::Broken`].
     pub fn listen(&mut self) -> Result<bool, BlkError<T::Error>> {
         self.usable()?;
-        let listening = self.queues[0].listen_for()?;
+        let listening = self.queue.listen_for()?;
         Ok(listening || !self.finished.is_empty())
     }
 
     /// Asks for a notification and waits, unless the device has used something already.
     fn rest(&mut self) -> Result<(), BlkError<T::Error>> {
-        let waited = match self.queues[0].listen_for()? {
+        let waited = match self.queue.listen_for()? {
             true => Ok(()),
             false => self.device.transport.wait(QUEUE),
         };
-        self.queues[0].ignore();
+        self.queue.ignore();
         waited.map_err(BlkError::Transport)
     }
 
     fn wait_for(&mut self, request: Request<'_, 'a>) -> Result<Answer, BlkError<T::Error>> {
         let id = loop {
-            match self.queues[0].put(request) {
+            match self.queue.put(request) {
                 Ok(id) => break id,
                 // What is under way may have to end before there is room. Nothing ends that nobody polls.
-                Err(error) if error.is_temporary() && self.queues[0].under_way() > 0 => {
+                Err(error) if error.is_temporary() && self.queue.under_way() > 0 => {
                     self.notify()?;
                     self.set_aside(None)?;
                 }
@@ -521,7 +527,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
             }
         });
         // Nobody else knows of it.
-        answer.inspect_err(|_| self.queues[0].abandon(id))
+        answer.inspect_err(|_| self.queue.abandon(id))
     }
 
     /// Keeps a completion, if there is a new one, for whoever asked for it; else waits a while. `Some`: it was `wanted`.
@@ -529,10 +535,10 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
         &mut self,
         wanted: Option<RequestId>,
     ) -> Result<Option<Result<Answer, RequestError>>, BlkError<T::Error>> {
-        match self.queues[0].reap()? {
+        match self.queue.reap()? {
             Some(completion) if Some(completion.id) == wanted => return Ok(Some(completion.result)),
             Some(completion) => {
-                self.queues[0].set_aside(completion.id);
+                self.queue.set_aside(completion.id);
                 self.finished.push_back(completion);
             }
             None => self.rest()?,
@@ -541,7 +547,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     }
 
     fn usable(&self) -> Result<(), BlkError<T::Error>> {
-        self.queues[0].usable()
+        self.queue.usable()
     }
 }
 
@@ -549,7 +555,8 @@ impl<T: Transport, M: Mapper + ?Sized> Drop for Blk<'_, T, M> {
     fn drop(&mut self) {
         if self.device.stop().is_lost() {
             // The device may still touch what it was lent: nobody else may ever get that memory.
-            self.queues.drain(..).for_each(Queue::leak);
+            self.queue.leak();
+            self.more.iter_mut().for_each(Queue::leak);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The buffers of one request, while the device has them.
 
 use alloc::vec::Vec;
+use core::mem;
 use ringfence_dma::{Access, Buffer, DmaError, Loan, Mapper, Permission};
 use ringfence_ring::Descriptor;
 
@@ -67,6 +68,12 @@ impl<'a, M: Mapper + ?Sized> Loans<'a, M> {
         if !self.rest.is_empty() {
             self.rest.clear();
         }
+    }
+
+    /// Gives up for lost what is lent.
+    pub(crate) fn leak(&mut self) {
+        mem::forget(self.first.take());
+        mem::forget(mem::take(&mut self.rest));
     }
 
     pub(crate) fn descriptors(&self, access: Access) -> impl Iterator<Item = Descriptor> {

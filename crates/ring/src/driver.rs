@@ -356,8 +356,8 @@ impl<M: RingMemory, T> DriverQueue<M, T> {
             }
             Some(table) if self.has_room(buffers.len(), Some(&table)) => {
                 let cells = table.memory.cells::<[AtomicU64; 2]>(0, buffers.len())?;
-                for number in 0..buffers.len() {
-                    store(&cells[number], self.in_table(buffers, number));
+                for (number, cell) in cells.iter().enumerate() {
+                    store(cell, self.in_table(buffers, number));
                 }
                 Some(self.add_table(table.addr, buffers.len(), writable))
             }

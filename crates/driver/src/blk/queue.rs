@@ -6,7 +6,6 @@ use crate::loans::{self, Loans};
 use crate::queue::{self, Pieces};
 use alloc::vec::Vec;
 use core::convert::Infallible;
-use core::mem;
 use ringfence_dma::{Access, Buffer, DmaError, Loan, Mapper};
 use ringfence_ring::{AddError, Descriptor, Framed, Indirect, Token};
 use virtio_spec::blk::T as Type;
@@ -36,7 +35,7 @@ pub struct Queue<'a, M: Mapper + ?Sized> {
     /// For putting a chain together that is not the usual one.
     chain: Vec<Descriptor>,
     /// The memory of the slots' records.
-    _records: Pieces<'a, M>,
+    records: Pieces<'a, M>,
 }
 
 /// One request under way.
@@ -90,7 +89,7 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
             // Up to 65535.
             spare: (depth..=depth + (depth - 1)).collect(),
             chain: Vec::with_capacity(usize::from(limits.segments) + 2),
-            _records: records,
+            records,
         }
     }
 
@@ -199,8 +198,10 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     }
 
     /// Gives up for lost whatever the device may still touch.
-    pub(super) fn leak(self) {
-        mem::forget(self);
+    pub(super) fn leak(&mut self) {
+        self.ring.ring.records().for_each(|slot| slot.loans.leak());
+        self.ring.leak();
+        self.records.leak();
     }
 
     #[inline]
