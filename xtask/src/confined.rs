@@ -1,5 +1,5 @@
 //! A kernel of ours whose devices are QEMU's own: behind a virtio-iommu and not, with the flag and without, with packed
-//! rings, and legacy ones.
+//! rings, and legacy ones; and behind registers in memory instead of PCI.
 
 use std::fs::{self, File};
 use std::time::Instant;
@@ -22,6 +22,7 @@ const MOST: u64 = 200 << 10;
 struct Cell {
     name: &'static str,
     iommu: bool,
+    bus: Bus,
     /// Options of each device.
     devices: &'static str,
     command_line: &'static str,
@@ -30,6 +31,17 @@ struct Cell {
     reason: &'static str,
     /// Whether the disk's driver took the flag.
     flag: bool,
+}
+
+/// How devices are reached.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Bus {
+    /// PCI, on a q35.
+    Pci,
+    /// Registers in memory, version 2, on a microvm.
+    Mmio,
+    /// The same, version 1.
+    LegacyMmio,
 }
 
 const CELLS: &[Cell] = &[
@@ -47,18 +59,25 @@ const CELLS: &[Cell] = &[
     Cell { name: "plain, packed", devices: "disable-legacy=on,iommu_platform=on,packed=on", flag: true, ..PLAIN },
     Cell { name: "transitional", devices: "disable-legacy=off", ..PLAIN },
     Cell { name: "legacy", devices: "disable-modern=on", end: "failed", reason: "legacy interface alone", ..PLAIN },
+    MMIO,
+    Cell { name: "MMIO, packed", devices: "iommu_platform=on,packed=on", flag: true, ..MMIO },
+    Cell { name: "MMIO, legacy", bus: Bus::LegacyMmio, end: "failed", reason: "legacy", ..MMIO },
 ];
 
 /// A modern device without an IOMMU.
 const PLAIN: Cell = Cell {
     name: "plain",
     iommu: false,
+    bus: Bus::Pci,
     devices: "disable-legacy=on,iommu_platform=off",
     command_line: "",
     end: "done",
     reason: "",
     flag: false,
 };
+
+/// A device of version 2 behind registers in memory.
+const MMIO: Cell = Cell { name: "MMIO", bus: Bus::Mmio, devices: "iommu_platform=off", command_line: "mmio", ..PLAIN };
 
 /// Boots it with each kind of device.
 pub(crate) fn boot(workspace: &Workspace, no_skip: bool, log: &mut Log) -> StepResult {
@@ -94,17 +113,30 @@ impl Cell {
         let mut command = qemu.command(Arch::Amd64);
         command
             .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-accel", "tcg"])
-            .args(["-machine", "q35", "-m", "64M"]);
+            .args(["-m", "64M"]);
+        let kind = match self.bus {
+            Bus::Pci => {
+                command.args(["-machine", "q35"]);
+                "pci"
+            }
+            bus => {
+                // The kernel's watchdog is the timer that it has interrupts from.
+                command.args(["-machine", "microvm,pit=on,pic=on,rtc=on,isa-serial=on"]);
+                let legacy = if bus == Bus::LegacyMmio { "true" } else { "false" };
+                command.args(["-global", &format!("virtio-mmio.force-legacy={legacy}")]);
+                "device"
+            }
+        };
         if self.iommu {
             command.args(["-device", "virtio-iommu-pci"]);
         }
         let Self { devices, command_line, .. } = self;
         command
             .args(["-blockdev", &format!("driver=file,node-name=disk,filename={}", image.path().display())])
-            .args(["-device", &format!("virtio-blk-pci,drive=disk,{devices}")])
-            .args(["-device", &format!("virtio-rng-pci,{devices}")])
+            .args(["-device", &format!("virtio-blk-{kind},drive=disk,{devices}")])
+            .args(["-device", &format!("virtio-rng-{kind},{devices}")])
             .args(["-netdev", "user,id=net,restrict=on"])
-            .args(["-device", &format!("virtio-net-pci,netdev=net,{devices}")])
+            .args(["-device", &format!("virtio-net-{kind},netdev=net,{devices}")])
             .args(["-append", command_line])
             .arg("-kernel")
             .arg(program(workspace, NAME))

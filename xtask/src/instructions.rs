@@ -1,5 +1,5 @@
-//! How many instructions a request costs the device, as callgrind counts them: no other program, no clock and no cache
-//! changes that, so that a path which got longer shows.
+//! How many instructions a request costs the device, and the driver, as callgrind counts them: no other program, no clock and
+//! no cache changes that, so that a path which got longer shows.
 //!
 //! What changes it is the compiler: the bounds are wide enough for another one, and far too narrow for a lock, an
 //! allocation or a system call a request.
@@ -12,31 +12,65 @@ use crate::Workspace;
 use crate::steps::{Log, Pass, StepResult};
 
 /// What is counted, and how much it was when it was last looked at.
-const EXPECTED: &[(&str, &[&str], f64)] = &[
-    ("split ring, tables", &["--ring", "split"], 1658.0),
-    ("split ring, no tables", &["--ring", "direct"], 1425.0),
-    ("packed ring, tables", &["--ring", "packed"], 1709.0),
-    ("split ring, 64 KiB in translated pages", &["--pages", "--len", "65536"], 3320.0),
+struct Count {
+    name: &'static str,
+    program: &'static Program,
+    arguments: &'static [&'static str],
+    expected: f64,
+}
+
+/// An example program whose inner loop is counted.
+struct Program {
+    package: &'static str,
+    example: &'static str,
+    /// The functions in which callgrind counts.
+    counted: &'static str,
+    /// Enough requests for what happens once not to count.
+    requests: u32,
+}
+
+const DEVICE: Program =
+    Program { package: "ringfence-vhost-user", example: "requests", counted: "*requests::serve*", requests: 64_000 };
+
+const DRIVER: Program =
+    Program { package: "ringfence-hal", example: "cost", counted: "*cost::driver_*", requests: 64_000 };
+
+const fn device(name: &'static str, arguments: &'static [&'static str], expected: f64) -> Count {
+    Count { name, program: &DEVICE, arguments, expected }
+}
+
+const fn driver(name: &'static str, arguments: &'static [&'static str], expected: f64) -> Count {
+    Count { name, program: &DRIVER, arguments, expected }
+}
+
+const EXPECTED: &[Count] = &[
+    device("split ring, tables", &["--count", "64000", "--ring", "split"], 1658.0),
+    device("split ring, no tables", &["--count", "64000", "--ring", "direct"], 1425.0),
+    device("packed ring, tables", &["--count", "64000", "--ring", "packed"], 1709.0),
+    device("split ring, 64 KiB in translated pages", &["--count", "64000", "--pages", "--len", "65536"], 3320.0),
+    driver("driver, split ring", &["ours", "split", "direct", "batch"], 179.0),
+    driver("driver, split ring, tables", &["ours", "split", "tables", "batch"], 201.0),
+    driver("driver, packed ring", &["ours", "packed", "direct", "batch"], 189.0),
+    driver("virtio-drivers, split ring", &["theirs", "split", "direct"], 197.0),
 ];
 
 /// By how much more it may be, and by how much less until the number is to be corrected.
 const TOLERANCE: f64 = 0.15;
-
-/// Enough for what happens once not to count.
-const REQUESTS: u32 = 64_000;
 
 pub(crate) fn run(workspace: &Workspace, log: &mut Log) -> StepResult {
     let there = Command::new("valgrind").arg("--version").stdout(Stdio::null()).status();
     if !there.is_ok_and(|status| status.success()) {
         return Ok(Pass::Skipped("there is no valgrind here; install it to count instructions".into()));
     }
-    let build = ["build", "--release", "-p", "ringfence-vhost-user", "--example", "requests"];
-    log.run(Command::new(env!("CARGO")).args(build).current_dir(&workspace.root))?;
-    let program = workspace.target.join("release/examples/requests");
+    for Program { package, example, .. } in [&DEVICE, &DRIVER] {
+        let build = ["build", "--release", "-p", package, "--example", example];
+        log.run(Command::new(env!("CARGO")).args(build).current_dir(&workspace.root))?;
+    }
+    let examples = workspace.target.join("release/examples");
     let counts = workspace.target.join("xtask/callgrind.out");
     let (mut told, mut wrong) = (Vec::new(), Vec::new());
-    for &(name, arguments, expected) in EXPECTED {
-        let counted = count(&program, arguments, &counts, log)?;
+    for count @ &Count { name, expected, .. } in EXPECTED {
+        let counted = count.run(&examples, &counts, log)?;
         log.line(format_args!("{name}: {counted:.0} instructions a request, {expected:.0} expected"));
         if (counted / expected - 1.0).abs() > TOLERANCE {
             wrong.push(format!("{name}: {counted:.0} instructions a request instead of {expected:.0}"));
@@ -52,17 +86,20 @@ pub(crate) fn run(workspace: &Workspace, log: &mut Log) -> StepResult {
     }
 }
 
-/// The instructions of a request in the device's half of `requests`.
-fn count(program: &Path, arguments: &[&str], counts: &Path, log: &mut Log) -> Result<f64, String> {
-    let mut command = Command::new("valgrind");
-    command.args(["-q", "--tool=callgrind", "--collect-atstart=no", "--toggle-collect=*requests::serve*"]);
-    command.arg(format!("--callgrind-out-file={}", counts.display()));
-    command.arg(program).args(["--count", &REQUESTS.to_string()]).args(arguments);
-    log.run(&mut command)?;
-    let text = fs::read_to_string(counts).map_err(|error| format!("{}: {error}", counts.display()))?;
-    let total = text.lines().find_map(|line| line.strip_prefix("totals: ")?.trim().parse::<f64>().ok());
-    match total {
-        Some(total) if total > 0.0 => Ok(total / f64::from(REQUESTS)),
-        _ => Err(format!("{}: callgrind counted nothing; was `serve` inlined?", counts.display())),
+impl Count {
+    /// The instructions of a request.
+    fn run(&self, examples: &Path, counts: &Path, log: &mut Log) -> Result<f64, String> {
+        let Program { example, counted, requests, .. } = *self.program;
+        let mut command = Command::new("valgrind");
+        command.args(["-q", "--tool=callgrind", "--collect-atstart=no", &format!("--toggle-collect={counted}")]);
+        command.arg(format!("--callgrind-out-file={}", counts.display()));
+        command.arg(examples.join(example)).args(self.arguments);
+        log.run(&mut command)?;
+        let text = fs::read_to_string(counts).map_err(|error| format!("{}: {error}", counts.display()))?;
+        let total = text.lines().find_map(|line| line.strip_prefix("totals: ")?.trim().parse::<f64>().ok());
+        match total {
+            Some(total) if total > 0.0 => Ok(total / f64::from(requests)),
+            _ => Err(format!("{}: callgrind counted nothing; was `{counted}` inlined?", counts.display())),
+        }
     }
 }

@@ -3,7 +3,7 @@
 use ringfence_device::queue::{Look, Queue, Report, Stopped};
 use ringfence_device::{Back, Handler, Outcome, Request, Token, Unreachable};
 use ringfence_dma::{Access, BusAddr, Fault, FaultReason, Gpa, HostSlice, Memory, Physical, Ram, Stop, Ticket, Visit};
-use ringfence_ring::{Descriptor, DeviceQueue, DriverQueue, Layout, Position, RingSlices, Rules};
+use ringfence_ring::{Descriptor, DeviceQueue, DriverQueue, Layout, Position, RingCells, RingSlices, Rules};
 use std::sync::{Arc, Mutex};
 
 const SIZE: u16 = 8;
@@ -82,7 +82,7 @@ fn what_was_begun_starts_anew_in_the_order_in_which_it_came() {
     };
     let at = |page: u64| BusAddr(page * 4096);
     let layout = Layout { size: SIZE, descriptors: at(0), driver: at(1), device: at(2) };
-    let mut driver = DriverQueue::new(rules, SIZE, slices).unwrap();
+    let mut driver = DriverQueue::new(rules, SIZE, RingCells::new(rules.format, SIZE, &slices)).unwrap();
     let mut submit = |name: u8| {
         let place = usize::from(name) * 16;
         ram.slice(3 * 4096 + place, 1).write(0, &[name]);

@@ -28,10 +28,10 @@ pub use address::{BusAddr, FrontendVa, Gpa};
 pub use granules::Granules;
 pub use lock::{Lock, Locked};
 pub use mapper::{
-    Both, Buffer, Coherent, DeviceReads, DeviceWrites, Direction, DmaError, FromDevice, Handover, Mapped, Mapper, Pool,
-    Streaming, ToDevice,
+    Both, Buffer, Coherent, DeviceReads, DeviceWrites, Direction, DmaError, FromDevice, Handover, Loan, Mapped, Mapper,
+    Pool, Streaming, ToDevice,
 };
 pub use memory::{Memory, Physical, Visit, copy_from_bus, copy_to_bus};
 pub use ram::Ram;
 pub use registers::RegisterWindow;
-pub use slice::{DetachedSlice, HostSlice};
+pub use slice::{Cell, DetachedSlice, HostSlice};

@@ -110,6 +110,7 @@ pub struct Buffer<'m> {
 
 impl<'m> Buffer<'m> {
     /// `memory`, which begins at `physical`. A buffer that passes the end of physical memory panics.
+    #[inline]
     pub fn new(memory: HostSlice<'m>, physical: Gpa) -> Self {
         assert!(physical.checked_add(memory.len() as u64).is_some(), "{} bytes at {physical}", memory.len());
         Self { memory, physical }
@@ -271,29 +272,31 @@ mod sealed {
 
 /// A buffer that is lent to the device, until this is dropped.
 ///
-/// Nobody but the device has the bytes for that long: they come back from [`finish`](Self::finish).
+/// Nobody but the device has the bytes for that long: they come back from [`finish`](Self::finish). Which way they go is
+/// known when it runs; where it is known before, [`Streaming`] has the compiler look after it.
 #[derive(Debug)]
-pub struct Streaming<'a, M: Mapper + ?Sized, D: Direction> {
+pub struct Loan<'a, M: Mapper + ?Sized> {
     mapper: &'a M,
     buffer: Buffer<'a>,
     mapped: Mapped,
-    direction: PhantomData<D>,
+    permission: Permission,
 }
 
-impl<'a, M: Mapper + ?Sized, D: Direction> Streaming<'a, M, D> {
+impl<'a, M: Mapper + ?Sized> Loan<'a, M> {
     /// Lends `buffer` to the device that `mapper` is for.
     ///
     /// # Errors
     /// [`DmaError::Empty`] and [`DmaError::TooLong`], and those of the mapper.
-    pub fn map(mapper: &'a M, buffer: Buffer<'a>, _direction: D) -> Result<Self, DmaError> {
+    #[inline]
+    pub fn map(mapper: &'a M, buffer: Buffer<'a>, permission: Permission) -> Result<Self, DmaError> {
         let max = mapper.max_len();
         match buffer.len() {
             0 => return Err(DmaError::Empty),
             len if len > max => return Err(DmaError::TooLong { len, max }),
             _ => {}
         }
-        let mapped = mapper.map(buffer, D::PERMISSION)?;
-        Ok(Self { mapper, buffer, mapped, direction: PhantomData })
+        let mapped = mapper.map(buffer, permission)?;
+        Ok(Self { mapper, buffer, mapped, permission })
     }
 
     /// Where the device finds the first byte.
@@ -310,30 +313,70 @@ impl<'a, M: Mapper + ?Sized, D: Direction> Streaming<'a, M, D> {
     }
 
     /// Takes the buffer back. What the device wrote is in it now, and does not change any more.
+    #[inline]
     pub fn finish(self) -> Buffer<'a> {
         self.buffer
+    }
+}
+
+impl<M: Mapper + ?Sized> Drop for Loan<'_, M> {
+    #[inline]
+    fn drop(&mut self) {
+        self.mapper.unmap(take(&self.mapped), self.buffer, self.permission);
+    }
+}
+
+/// A [`Loan`] whose direction is a type.
+#[derive(Debug)]
+pub struct Streaming<'a, M: Mapper + ?Sized, D: Direction> {
+    loan: Loan<'a, M>,
+    direction: PhantomData<D>,
+}
+
+impl<'a, M: Mapper + ?Sized, D: Direction> Streaming<'a, M, D> {
+    /// Lends `buffer` to the device that `mapper` is for.
+    ///
+    /// # Errors
+    /// As [`Loan::map`].
+    #[inline]
+    pub fn map(mapper: &'a M, buffer: Buffer<'a>, _direction: D) -> Result<Self, DmaError> {
+        Ok(Self { loan: Loan::map(mapper, buffer, D::PERMISSION)?, direction: PhantomData })
+    }
+
+    /// Where the device finds the first byte.
+    #[inline]
+    pub fn addr(&self) -> BusAddr {
+        self.loan.addr()
+    }
+
+    /// How many bytes.
+    #[inline]
+    #[expect(clippy::len_without_is_empty, reason = "never empty, see `map`")]
+    pub fn len(&self) -> usize {
+        self.loan.len()
+    }
+
+    /// Takes the buffer back. What the device wrote is in it now, and does not change any more.
+    pub fn finish(self) -> Buffer<'a> {
+        self.loan.finish()
     }
 }
 
 impl<M: Mapper + ?Sized, D: DeviceReads> Streaming<'_, M, D> {
     /// Writes into the buffer at `offset` while it is lent, and has the device see it. Out of bounds panics.
     pub fn write(&self, offset: usize, from: &[u8]) {
-        self.buffer.memory.write(offset, from);
-        self.mapper.sync(&self.mapped, self.buffer, Handover::ToDevice);
+        let Loan { mapper, buffer, mapped, .. } = &self.loan;
+        buffer.memory.write(offset, from);
+        mapper.sync(mapped, *buffer, Handover::ToDevice);
     }
 }
 
 impl<M: Mapper + ?Sized, D: DeviceWrites> Streaming<'_, M, D> {
     /// Reads from the buffer at `offset` while it is lent: what the device wrote so far. Out of bounds panics.
     pub fn read(&self, offset: usize, into: &mut [u8]) {
-        self.mapper.sync(&self.mapped, self.buffer, Handover::FromDevice);
-        self.buffer.memory.read(offset, into);
-    }
-}
-
-impl<M: Mapper + ?Sized, D: Direction> Drop for Streaming<'_, M, D> {
-    fn drop(&mut self) {
-        self.mapper.unmap(take(&self.mapped), self.buffer, D::PERMISSION);
+        let Loan { mapper, buffer, mapped, .. } = &self.loan;
+        mapper.sync(mapped, *buffer, Handover::FromDevice);
+        buffer.memory.read(offset, into);
     }
 }
 
@@ -380,6 +423,7 @@ impl<M: Mapper + ?Sized> Drop for Coherent<'_, M> {
 }
 
 /// The record of a value that is being dropped, so that nobody else will hand it back.
+#[inline]
 fn take(mapped: &Mapped) -> Mapped {
     let Mapped { addr, len, cookie } = *mapped;
     Mapped { addr, len, cookie }

@@ -49,11 +49,37 @@ macro_rules! atomic {
     };
 }
 
+/// Integers that both sides of a device may touch at the same time; see [`HostSlice::cells`].
+pub trait Cell: sealed::Cell {}
+
+impl Cell for AtomicU16 {}
+impl Cell for AtomicU32 {}
+impl Cell for AtomicU64 {}
+impl<T: Cell, const N: usize> Cell for [T; N] {}
+
+mod sealed {
+    use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
+
+    /// # Safety
+    /// Every byte belongs to an atomic, and any value will do.
+    pub unsafe trait Cell {}
+
+    // SAFETY: so it is.
+    unsafe impl Cell for AtomicU16 {}
+    // SAFETY: so it is.
+    unsafe impl Cell for AtomicU32 {}
+    // SAFETY: so it is.
+    unsafe impl Cell for AtomicU64 {}
+    // SAFETY: an array has no bytes but those of its elements.
+    unsafe impl<T: Cell, const N: usize> Cell for [T; N] {}
+}
+
 impl<'m> HostSlice<'m> {
     /// A slice of `len` bytes from `start`.
     ///
     /// # Safety
-    /// For all of `'m` the bytes are mapped, readable and writable, and no Rust reference to any of them exists.
+    /// For all of `'m` the bytes are mapped, readable and writable, and no Rust reference to any of them exists but to
+    /// atomics.
     #[inline]
     pub unsafe fn new(start: NonNull<u8>, len: usize) -> Self {
         Self { start, len, memory: PhantomData }
@@ -109,6 +135,19 @@ impl<'m> HostSlice<'m> {
     pub fn fill(&self, value: u8) {
         // SAFETY: the whole slice, valid by `new`.
         unsafe { self.start.as_ptr().write_bytes(value, self.len) }
+    }
+
+    /// `count` integers from `offset`, as atomics: bounds and alignment are looked at once, and not at each access. They hold
+    /// little-endian values. Out of bounds panics.
+    ///
+    /// `None` where they are not aligned.
+    #[inline]
+    pub fn cells<T: Cell>(&self, offset: usize, count: usize) -> Option<&'m [T]> {
+        let len = count.checked_mul(size_of::<T>()).expect("a length that fits the address space");
+        let at = self.at(offset, len).cast::<T>();
+        // SAFETY: in bounds by `at`, aligned, mapped for 'm by `new`; a `Cell` is nothing but atomics, which hold whatever
+        // bytes there are and may race with anything.
+        at.is_aligned().then(|| unsafe { core::slice::from_raw_parts(at.as_ptr(), count) })
     }
 
     /// Has the first cache line brought near, for `access`. Changes nothing.
@@ -203,7 +242,7 @@ impl DetachedSlice {
 #[cfg(test)]
 mod tests {
     use crate::Ram;
-    use core::sync::atomic::Ordering;
+    use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
     #[test]
     fn integers_are_little_endian_whether_aligned_or_not() {
@@ -226,6 +265,23 @@ mod tests {
             assert_eq!(joined.join(&ram.slice(at, 8).detach()), follows, "at {at}");
         }
         assert_eq!((joined.as_ptr(), joined.len()), (ram.slice(8, 24).as_ptr(), 24));
+    }
+
+    #[test]
+    fn cells_are_aligned_or_not_there() {
+        let ram = Ram::new(64);
+        let slice = ram.slice(0, 64);
+        let cells: &[[AtomicU32; 2]] = slice.cells(4, 3).unwrap();
+        cells[2][1].store(0x0403_0201_u32.to_le(), Ordering::Relaxed);
+        assert_eq!((cells.len(), slice.load_u32(24, Ordering::Relaxed)), (3, 0x0403_0201));
+        assert!(slice.cells::<AtomicU16>(1, 1).is_none());
+        assert!(slice.cells::<AtomicU64>(4, 1).is_none());
+    }
+
+    #[test]
+    #[should_panic(expected = "64 bytes at 8 of a slice of 64")]
+    fn no_cell_is_out_of_bounds() {
+        let _ = Ram::new(64).slice(0, 64).cells::<AtomicU64>(8, 8);
     }
 
     #[test]

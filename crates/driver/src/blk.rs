@@ -2,6 +2,7 @@
 
 mod config;
 mod queue;
+mod record;
 
 pub use queue::{Queue, QueueError};
 
@@ -9,7 +10,7 @@ use crate::{Host, Running, StartError, Transport, Wants, start};
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use config::{Limits, read_config};
-use core::fmt;
+use core::{fmt, mem};
 use ringfence_dma::{Buffer, DmaError, Mapper};
 use ringfence_ring::DeviceError;
 use virtio_spec::blk::F;
@@ -30,9 +31,11 @@ pub const SECTOR: u64 = 512;
 pub struct Blk<'a, T: Transport, M: Mapper + ?Sized> {
     device: Running<'a, T, M>,
     geometry: Geometry,
-    /// The first is the one that this type's own methods use.
-    queues: Vec<Queue<'a, M>>,
-    /// Completed while somebody waited for another request, and not handed out yet. Their slots are not free.
+    /// The one that this type's own methods use.
+    queue: Queue<'a, M>,
+    /// The others.
+    more: Vec<Queue<'a, M>>,
+    /// Completed while somebody waited for another request, and not handed out yet.
     finished: VecDeque<Completion>,
 }
 
@@ -125,7 +128,8 @@ pub struct RequestId {
 }
 
 impl RequestId {
-    /// For a table of the caller's own: never above the queue's depth, and nobody else's before the request was polled.
+    /// For a table of the caller's own: below [`Queue::slots`], twice the queue's depth, and nobody else's before the
+    /// request was polled.
     #[inline]
     pub fn slot(self) -> usize {
         self.slot.into()
@@ -146,8 +150,8 @@ pub struct Completion {
 pub enum Answer {
     /// It is done.
     Done,
-    /// Its name, padded with zeroes (§5.2.6).
-    Id([u8; 20]),
+    /// It has said its name: [`Blk::name`].
+    Id,
 }
 
 /// How a request failed at the device.
@@ -253,24 +257,6 @@ impl<E> BlkError<E> {
     }
 }
 
-impl QueueError {
-    /// The same as an error of a way to a device.
-    fn widen<E>(self) -> BlkError<E> {
-        match self {
-            BlkError::Busy => BlkError::Busy,
-            BlkError::Dma(error) => BlkError::Dma(error),
-            BlkError::OutOfRange { sector, sectors } => BlkError::OutOfRange { sector, sectors },
-            BlkError::Length { len } => BlkError::Length { len },
-            BlkError::TooLong { count, max } => BlkError::TooLong { count, max },
-            BlkError::ReadOnly => BlkError::ReadOnly,
-            BlkError::NotOffered => BlkError::NotOffered,
-            BlkError::Failed(error) => BlkError::Failed(error),
-            BlkError::Broken(error) => BlkError::Broken(error),
-            BlkError::Transport(never) => match never {},
-        }
-    }
-}
-
 impl<E> From<DmaError> for BlkError<E> {
     fn from(error: DmaError) -> Self {
         BlkError::Dma(error)
@@ -337,28 +323,33 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
             }
             read_config(transport, features)
         })?;
-        // From here on it is reset before anything that it was told of goes.
-        let mut disk = Self { device, geometry, queues: Vec::new(), finished: VecDeque::new() };
-        for _ in 0..count {
-            let (mapper, ring) = (disk.device.mapper, &disk.device.queues[0]);
+        let mut device = device;
+        let mapper = device.mapper;
+        let piece = said.piece.min(mapper.max_len()).min(Limits::BYTES as usize).max(1);
+        // The device was not told of these: should one fail, it is reset before its rings go.
+        let prepare = |ring: &crate::queue::Queue<'a, M>| {
             let depth = ring.ring.size();
             // A chain, in a table or not, has at most as many descriptors as the queue, and two are header and status.
             let segments = said.segments.min(options.segments).min(depth.saturating_sub(2));
             if segments == 0 {
                 return Err(StartError::Config { field: "queue_size", value: depth.into() });
             }
-            let limits = Limits { segments, ..said };
-            let records = Queue::records(mapper, ring, limits)?;
-            disk.finished.reserve(usize::from(depth) + 1);
-            let ring = disk.device.queues.remove(0);
-            disk.queues.push(Queue::new(mapper, ring, records, geometry, limits));
-        }
-        Ok(disk)
+            let limits = Limits { segments, piece };
+            Ok((Queue::records(mapper, ring, limits)?, limits))
+        };
+        let prepared = device.queues.iter().map(prepare).collect::<Result<Vec<_>, _>>()?;
+        let rings = mem::take(&mut device.queues).into_iter().zip(prepared);
+        let mut queues = rings.map(|(ring, (records, limits))| Queue::new(mapper, ring, records, geometry, limits));
+        let queue = queues.next().expect("one at least was wanted");
+        let more = queues.collect();
+        let finished = VecDeque::with_capacity(queue.depth());
+        Ok(Self { device, geometry, queue, more, finished })
     }
 
     /// The way to the device and the queues, for as many threads.
-    pub fn split(&mut self) -> (&mut T, &mut [Queue<'a, M>]) {
-        (&mut self.device.transport, &mut self.queues)
+    pub fn split(&mut self) -> (&mut T, Vec<&mut Queue<'a, M>>) {
+        let Self { device, queue, more, .. } = self;
+        (&mut device.transport, core::iter::once(queue).chain(more).collect())
     }
 
     /// What the disk is like.
@@ -409,10 +400,13 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     /// # Errors
     /// Any [`BlkError`].
     pub fn id(&mut self) -> Result<[u8; 20], BlkError<T::Error>> {
-        match self.wait_for(Request::Id)? {
-            Answer::Id(id) => Ok(id),
-            Answer::Done => unreachable!("`Record::answer` gives a name for `Request::Id`"),
-        }
+        self.wait_for(Request::Id)?;
+        Ok(self.name())
+    }
+
+    /// The disk's name as it last said it, padded with zeroes (§5.2.6); all zeroes where it was not asked.
+    pub fn name(&self) -> [u8; 20] {
+        self.queue.name()
     }
 
     /// Forgets what is in `sectors` sectors from `sector` on.
@@ -435,16 +429,28 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     ///
     /// # Errors
     /// Any [`BlkError`] but [`BlkError::Failed`]; nothing was put on its way then.
+    #[inline]
     pub fn submit(&mut self, request: Request<'_, 'a>) -> Result<RequestId, BlkError<T::Error>> {
-        self.queues[0].submit(request).map_err(BlkError::widen)
+        if !self.finished.is_empty() && self.is_crowded() {
+            return Err(BlkError::Busy);
+        }
+        self.queue.put(request)
+    }
+
+    /// Completions that nobody polls count too: they are kept, in room of a limited size.
+    #[cold]
+    fn is_crowded(&self) -> bool {
+        let queue = &self.queue;
+        queue.usable::<T::Error>().is_ok() && self.finished.len() + queue.under_way() >= queue.depth()
     }
 
     /// Tells the device of what was submitted, if it wants to be told.
     ///
     /// # Errors
     /// [`BlkError::Transport`] and [`BlkError::Broken`].
+    #[inline(always)]
     pub fn notify(&mut self) -> Result<(), BlkError<T::Error>> {
-        match self.queues[0].publish().map_err(BlkError::widen)? {
+        match self.queue.needs_kick()? {
             true => self.device.transport.notify(QUEUE).map_err(BlkError::Transport),
             false => Ok(()),
         }
@@ -454,15 +460,20 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     ///
     /// # Errors
     /// [`BlkError::Broken`].
+    #[inline]
     pub fn poll(&mut self) -> Result<Option<Completion>, BlkError<T::Error>> {
-        let completion = match self.finished.pop_front() {
-            Some(completion) => Some(completion),
-            None => self.queues[0].reap().map_err(BlkError::widen)?,
-        };
-        if let Some(completion) = &completion {
-            self.queues[0].give_back(completion.id);
+        match self.finished.is_empty() {
+            true => self.queue.reap(),
+            false => Ok(self.kept()),
         }
-        Ok(completion)
+    }
+
+    /// A request that came to its end while somebody waited for another one.
+    #[cold]
+    fn kept(&mut self) -> Option<Completion> {
+        let completion = self.finished.pop_front()?;
+        self.queue.give_back(completion.id);
+        Some(completion)
     }
 
     /// Waits until [`poll`](Self::poll) may have something.
@@ -482,67 +493,61 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     /// [`BlkError::Broken`].
     pub fn listen(&mut self) -> Result<bool, BlkError<T::Error>> {
         self.usable()?;
-        let listening = self.queues[0].listen().map_err(BlkError::widen)?;
+        let listening = self.queue.listen_for()?;
         Ok(listening || !self.finished.is_empty())
     }
 
     /// Asks for a notification and waits, unless the device has used something already.
     fn rest(&mut self) -> Result<(), BlkError<T::Error>> {
-        let waited = match self.queues[0].listen().map_err(BlkError::widen)? {
+        let waited = match self.queue.listen_for()? {
             true => Ok(()),
             false => self.device.transport.wait(QUEUE),
         };
-        self.queues[0].ignore();
+        self.queue.ignore();
         waited.map_err(BlkError::Transport)
     }
 
     fn wait_for(&mut self, request: Request<'_, 'a>) -> Result<Answer, BlkError<T::Error>> {
         let id = loop {
-            match self.queues[0].put(request).map_err(BlkError::widen) {
+            match self.queue.put(request) {
                 Ok(id) => break id,
                 // What is under way may have to end before there is room. Nothing ends that nobody polls.
-                Err(error) if self.is_temporary(&error) => {
+                Err(error) if error.is_temporary() && self.queue.under_way() > 0 => {
                     self.notify()?;
-                    self.set_aside()?;
+                    self.set_aside(None)?;
                 }
                 Err(error) => return Err(error),
             }
         };
-        self.notify()?;
-        loop {
-            if let Some(at) = self.finished.iter().position(|completion| completion.id == id) {
-                let completion = self.finished.remove(at).expect("just found there");
-                self.queues[0].give_back(id);
-                return Ok(completion.result?);
+        let answer = self.notify().and_then(|()| {
+            loop {
+                if let Some(result) = self.set_aside(Some(id))? {
+                    return Ok(result?);
+                }
             }
-            self.set_aside()?;
-        }
+        });
+        // Nobody else knows of it.
+        answer.inspect_err(|_| self.queue.abandon(id))
     }
 
-    /// Whether the request may go through once another one has come to its end, and there is one to wait for.
-    fn is_temporary(&self, error: &BlkError<T::Error>) -> bool {
-        let under_way = self.queues[0].under_way() - self.finished.len();
-        let full = match error {
-            BlkError::Busy => true,
-            BlkError::Dma(error) => error.is_transient(),
-            _ => false,
-        };
-        full && under_way > 0
-    }
-
-    /// Keeps a completion, if there is a new one, for whoever asked for it; else waits a while.
-    fn set_aside(&mut self) -> Result<(), BlkError<T::Error>> {
-        match self.queues[0].reap().map_err(BlkError::widen)? {
+    /// Keeps a completion, if there is a new one, for whoever asked for it; else waits a while. `Some`: it was `wanted`.
+    fn set_aside(
+        &mut self,
+        wanted: Option<RequestId>,
+    ) -> Result<Option<Result<Answer, RequestError>>, BlkError<T::Error>> {
+        match self.queue.reap()? {
+            Some(completion) if Some(completion.id) == wanted => return Ok(Some(completion.result)),
             Some(completion) => {
+                self.queue.set_aside(completion.id);
                 self.finished.push_back(completion);
-                Ok(())
             }
-            None => self.rest(),
+            None => self.rest()?,
         }
+        Ok(None)
     }
 
     fn usable(&self) -> Result<(), BlkError<T::Error>> {
-        self.queues[0].usable().map_err(BlkError::widen)
+        self.queue.usable()
     }
 }
 
@@ -550,7 +555,8 @@ impl<T: Transport, M: Mapper + ?Sized> Drop for Blk<'_, T, M> {
     fn drop(&mut self) {
         if self.device.stop().is_lost() {
             // The device may still touch what it was lent: nobody else may ever get that memory.
-            self.queues.drain(..).for_each(Queue::leak);
+            self.queue.leak();
+            self.more.iter_mut().for_each(Queue::leak);
         }
     }
 }

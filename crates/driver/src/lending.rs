@@ -1,11 +1,13 @@
 //! What the drivers of simple devices have in common: a queue through which buffers are lent, a chain for each, and come
 //! back in whatever order the device likes.
 
+use crate::loans::Loans;
 use crate::queue::{Piece, Pieces, Queue};
 use crate::{Host, Running, StartError, Transport, Wants, start};
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::{fmt, mem};
-use ringfence_dma::{Access, Buffer, BusAddr, DmaError, FromDevice, Mapper, Streaming, ToDevice};
+use ringfence_dma::{Access, Buffer, BusAddr, DmaError, Mapper};
 use ringfence_ring::{AddError, Descriptor, DeviceError};
 
 /// Names something that is lent. Never names anything else later.
@@ -96,30 +98,23 @@ pub(crate) struct Lending<'a, M: Mapper + ?Sized> {
     mapper: &'a M,
     queue: Queue<'a, M>,
     heads: Pieces<'a, M>,
-    slots: Vec<Slot<'a, M>>,
-    /// Slots that have nothing lent.
-    free: Vec<u16>,
-    /// By the ring's token: whose slot it is.
-    by_token: Vec<u16>,
+    /// By the ring's token.
+    slots: Box<[Slot<'a, M>]>,
+    /// Counts loans.
+    generation: u64,
     /// How many pieces of memory one chain may have, its head aside.
     segments: u16,
+    /// How long one may be.
+    longest: usize,
     /// For putting a chain together.
     chain: Vec<Descriptor>,
 }
 
 #[derive(Debug)]
 struct Slot<'a, M: Mapper + ?Sized> {
-    /// Counts the loans that had the slot.
     generation: u64,
-    lent: Vec<Lent<'a, M>>,
+    loans: Loans<'a, M>,
     first: Option<Buffer<'a>>,
-}
-
-/// What is only held, to be dropped when it comes back.
-#[derive(Debug)]
-enum Lent<'a, M: Mapper + ?Sized> {
-    ToDevice(Streaming<'a, M, ToDevice>),
-    FromDevice(Streaming<'a, M, FromDevice>),
 }
 
 /// A device that runs, and what is lent to it.
@@ -188,23 +183,23 @@ impl<'a, M: Mapper + ?Sized> Lending<'a, M> {
     fn new(number: u16, mapper: &'a M, queue: Queue<'a, M>, heads: Pieces<'a, M>, segments: u16) -> Self {
         let size = queue.ring.size();
         let segments = segments.min(size);
-        let slot = |_| Slot { generation: 0, lent: Vec::with_capacity(segments.into()), first: None };
+        let slot = |_| Slot { generation: 0, loans: Loans::with_capacity(segments), first: None };
         Self {
             number,
             mapper,
             queue,
             heads,
             slots: (0..size).map(slot).collect(),
-            free: (0..size).rev().collect(),
-            by_token: alloc::vec![0; size.into()],
+            generation: 0,
             segments,
+            longest: mapper.max_len().clamp(1, u32::MAX as usize),
             chain: Vec::with_capacity(usize::from(segments) + 2),
         }
     }
 
     /// The head of the next chain that is lent, if one can be.
     pub(crate) fn next_head(&self) -> Option<Piece<'a>> {
-        self.free.last().map(|&slot| self.heads.get(slot))
+        self.queue.ring.next_token().map(|token| self.heads.get(token.index() as u16))
     }
 
     /// Lends a chain: of its head, these parts; then the buffers.
@@ -215,30 +210,29 @@ impl<'a, M: Mapper + ?Sized> Lending<'a, M> {
         access: Access,
     ) -> Result<LoanId, LoanError<E>> {
         self.usable()?;
-        let slot = *self.free.last().ok_or(LoanError::Busy)?;
-        if let Err(error) = self.map(slot, buffers, access) {
-            self.slots[usize::from(slot)].lent.clear();
-            return Err(error);
+        let number = self.queue.ring.next_token().ok_or(LoanError::Busy)?.index();
+        let (count, max) = (Loans::<M>::count(buffers, self.longest), usize::from(self.segments));
+        if count > max {
+            return Err(LoanError::TooLong { count, max });
         }
-        let Self { queue, heads, slots, by_token, chain, .. } = self;
-        let Slot { generation, lent, first } = &mut slots[usize::from(slot)];
-        let start = heads.get(slot).addr;
-        chain.clear();
-        chain.extend(head.iter().map(|part| Descriptor {
+        let slot = &mut self.slots[number];
+        slot.loans.lend(self.mapper, buffers, self.longest, access)?;
+        let start = self.heads.get(number as u16).addr;
+        self.chain.clear();
+        self.chain.extend(head.iter().map(|part| Descriptor {
             addr: BusAddr(start.0 + u64::from(part.offset)),
             len: part.len,
             access: part.access,
         }));
-        chain.extend(lent.iter().map(Lent::descriptor));
-        match queue.ring.add(chain, None) {
-            Ok(token) => {
-                by_token[token.index()] = slot;
-                self.free.pop();
-                *first = buffers.first().copied();
-                Ok(LoanId { slot, generation: *generation })
+        self.chain.extend(slot.loans.descriptors(access));
+        match self.queue.ring.add(&self.chain, None) {
+            Ok(_) => {
+                (slot.generation, slot.first) = (self.generation, buffers.first().copied());
+                self.generation += 1;
+                Ok(LoanId { slot: number as u16, generation: slot.generation })
             }
             Err(error) => {
-                lent.clear();
+                slot.loans.take_back();
                 Err(match error {
                     AddError::Full { .. } => LoanError::Busy,
                     AddError::Poisoned(error) => LoanError::Broken(error),
@@ -253,39 +247,16 @@ impl<'a, M: Mapper + ?Sized> Lending<'a, M> {
         }
     }
 
-    fn map<E>(&mut self, slot: u16, buffers: &[Buffer<'a>], access: Access) -> Result<(), LoanError<E>> {
-        let longest = self.mapper.max_len().min(u32::MAX as usize).max(1);
-        let max = usize::from(self.segments);
-        let count = buffers.iter().map(|buffer| buffer.len().div_ceil(longest)).sum();
-        if count > max {
-            return Err(LoanError::TooLong { count, max });
-        }
-        let lent = &mut self.slots[usize::from(slot)].lent;
-        for buffer in buffers {
-            let mut offset = 0;
-            while offset < buffer.len() {
-                let piece = buffer.sub(offset, longest.min(buffer.len() - offset));
-                lent.push(match access {
-                    Access::Write => Lent::FromDevice(Streaming::map(self.mapper, piece, FromDevice)?),
-                    Access::Read => Lent::ToDevice(Streaming::map(self.mapper, piece, ToDevice)?),
-                });
-                offset += piece.len();
-            }
-        }
-        Ok(())
-    }
-
     /// Takes back the next that the device is done with.
     pub(crate) fn take<E>(&mut self) -> Result<Option<Back<'a>>, LoanError<E>> {
         let used = self.queue.ring.take_used().map_err(LoanError::Broken)?;
         let Some(used) = used else { return Ok(None) };
-        let number = self.by_token[used.token.index()];
-        let slot = &mut self.slots[usize::from(number)];
-        slot.lent.clear();
-        let id = LoanId { slot: number, generation: slot.generation };
-        slot.generation += 1;
-        self.free.push(number);
-        Ok(Some(Back { id, buffer: slot.first.take(), written: used.written, head: self.heads.get(number) }))
+        let number = used.token.index();
+        let slot = &mut self.slots[number];
+        slot.loans.take_back();
+        let id = LoanId { slot: number as u16, generation: slot.generation };
+        let head = self.heads.get(number as u16);
+        Ok(Some(Back { id, buffer: slot.first.take(), written: used.written, head }))
     }
 
     /// Asks the device to tell of what comes back next. `true`: something has.
@@ -295,17 +266,6 @@ impl<'a, M: Mapper + ?Sized> Lending<'a, M> {
 
     pub(crate) fn usable<E>(&self) -> Result<(), LoanError<E>> {
         self.queue.ring.poison().map_or(Ok(()), |error| Err(LoanError::Broken(error)))
-    }
-}
-
-impl<M: Mapper + ?Sized> Lent<'_, M> {
-    fn descriptor(&self) -> Descriptor {
-        let (addr, len, access) = match self {
-            Lent::ToDevice(mapping) => (mapping.addr(), mapping.len(), Access::Read),
-            Lent::FromDevice(mapping) => (mapping.addr(), mapping.len(), Access::Write),
-        };
-        // See `map`.
-        Descriptor { addr, len: len as u32, access }
     }
 }
 

@@ -41,6 +41,7 @@ extern crate alloc;
 
 mod config;
 mod lending;
+mod loans;
 mod queue;
 mod registers;
 mod start;

@@ -1,15 +1,16 @@
 use alloc::vec::Vec;
+use core::mem;
 use ringfence_dma::{BusAddr, Coherent, DmaError, HostSlice, Mapper};
-use ringfence_ring::{DriverQueue, Indirect, Layout, LayoutError, RingArea, RingSlices, Rules};
+use ringfence_ring::{DriverQueue, Indirect, Layout, LayoutError, RingArea, RingCells, RingSlices, Rules, Token};
 
 /// A queue of a device, in coherent memory.
 #[derive(Debug)]
-pub(crate) struct Queue<'a, M: Mapper + ?Sized> {
-    pub(crate) ring: DriverQueue<RingSlices<'a>>,
+pub(crate) struct Queue<'a, M: Mapper + ?Sized, T = ()> {
+    pub(crate) ring: DriverQueue<RingCells<'a>, T>,
     pub(crate) layout: Layout,
     pub(crate) indirect: Indirect,
     /// Where the ring is: to be kept until the device is reset.
-    _memory: Coherent<'a, M>,
+    memory: Option<Coherent<'a, M>>,
 }
 
 /// Why there is no queue.
@@ -39,9 +40,23 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
             driver: slice(driver, RingArea::Driver),
             device: slice(device, RingArea::Device),
         };
-        let mut ring = DriverQueue::new(rules, size, slices).map_err(QueueError::Layout)?;
+        let mut ring =
+            DriverQueue::new(rules, size, RingCells::new(rules.format, size, &slices)).map_err(QueueError::Layout)?;
         ring.disable_callbacks();
-        Ok(Self { ring, layout, indirect: rules.indirect, _memory: memory })
+        Ok(Self { ring, layout, indirect: rules.indirect, memory: Some(memory) })
+    }
+
+    /// The same, with a record beside each chain.
+    pub(crate) fn keeping<T>(self, records: impl FnMut(Token) -> T) -> Queue<'a, M, T> {
+        let Self { ring, layout, indirect, memory } = self;
+        Queue { ring: ring.keeping(records), layout, indirect, memory }
+    }
+}
+
+impl<M: Mapper + ?Sized, T> Queue<'_, M, T> {
+    /// Gives the ring's memory up for lost.
+    pub(crate) fn leak(&mut self) {
+        mem::forget(self.memory.take());
     }
 }
 
@@ -49,7 +64,7 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
 #[derive(Debug)]
 pub(crate) struct Pieces<'a, M: Mapper + ?Sized> {
     /// Chunk by chunk, so that a pool in crumbs will do.
-    _chunks: Vec<Coherent<'a, M>>,
+    chunks: Vec<Coherent<'a, M>>,
     pieces: Vec<Piece<'a>>,
 }
 
@@ -74,7 +89,12 @@ impl<'a, M: Mapper + ?Sized> Pieces<'a, M> {
             Piece { memory: chunk.memory().sub(offset, len), addr: BusAddr(chunk.addr().0 + offset as u64) }
         };
         let pieces = (0..usize::from(count)).map(piece).collect();
-        Ok(Self { _chunks: chunks, pieces })
+        Ok(Self { chunks, pieces })
+    }
+
+    /// Gives them up for lost.
+    pub(crate) fn leak(&mut self) {
+        mem::forget(mem::take(&mut self.chunks));
     }
 
     #[inline]

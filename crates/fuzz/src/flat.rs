@@ -1,5 +1,5 @@
 use ringfence_dma::{Access, BusAddr, Fault, FaultReason, HostSlice, Memory, Miss, Physical, Ram, Stop, Ticket, Visit};
-use ringfence_ring::{Format, Layout, RingArea, RingSlices};
+use ringfence_ring::{Format, Layout, RingArea, RingCells, RingSlices};
 use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -49,13 +49,14 @@ impl Flat {
     }
 
     /// The ring as its driver sees it.
-    pub(crate) fn slices(&self, format: Format, size: u16) -> RingSlices<'_> {
+    pub(crate) fn cells(&self, format: Format, size: u16) -> RingCells<'_> {
         let area = |at: usize, area: RingArea| self.ram.slice(AREAS[at], area.len(format, size) as usize);
-        RingSlices {
+        let slices = RingSlices {
             descriptors: area(0, RingArea::Descriptors),
             driver: area(1, RingArea::Driver),
             device: area(2, RingArea::Device),
-        }
+        };
+        RingCells::new(format, size, &slices)
     }
 }
 

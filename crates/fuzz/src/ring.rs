@@ -124,7 +124,7 @@ pub(crate) fn hostile_device(data: &[u8]) {
     let bytes = &mut Bytes::new(data);
     let (rules, size) = bytes.rules();
     let flat = Flat::new();
-    let mut queue = DriverQueue::new(rules, size, flat.slices(rules.format, size)).expect("a size that can be");
+    let mut queue = DriverQueue::new(rules, size, flat.cells(rules.format, size)).expect("a size that can be");
     let buffers = [
         Descriptor { addr: BusAddr(0x8000), len: 4, access: Access::Read },
         Descriptor { addr: BusAddr(0x9000), len: 4, access: Access::Write },

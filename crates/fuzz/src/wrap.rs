@@ -102,7 +102,7 @@ pub(crate) fn hostile_back_end(data: &[u8]) {
     let rules = Rules::default();
     const SIZE: u16 = 16;
     let Some(mut queue) = queue(&device, &memory, rules, SIZE, Position::start(rules.format)) else { return };
-    let mut driver = DriverQueue::new(rules, SIZE, memory.slices(rules.format, SIZE)).expect("a size that can be");
+    let mut driver = DriverQueue::new(rules, SIZE, memory.cells(rules.format, SIZE)).expect("a size that can be");
     memory.bytes().sub(REST, PAGES * PAGE - REST).fill(0xa5);
     // By the token of a chain: the slot in memory that it uses.
     let mut slots = [None; SIZE as usize];

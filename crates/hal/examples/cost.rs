@@ -1,14 +1,20 @@
 //! What a 4 KiB read costs in instructions, here and with `virtio-drivers`: what the two drivers do themselves, with a
-//! device that only marks requests as done. Four requests are under way at a time, which is what the queue of
-//! `virtio-drivers` has room for without tables.
+//! device that only marks requests as done. Ours has 32 under way at a time, `virtio-drivers` as many as its queue takes.
+//!
+//! ```sh
+//! cargo xtask instructions
+//! ```
+//!
+//! or, for one of them (`ours` or `theirs`; `split` or `packed`; `direct`, or `tables` of descriptors; `each` is told of by
+//! itself, or a whole `batch`):
 //!
 //! ```sh
 //! cargo build --release -p ringfence-hal --example cost
-//! valgrind --tool=callgrind --callgrind-out-file=cost.out target/release/examples/cost
-//! callgrind_annotate --inclusive=yes cost.out | grep -E 'cost::(ours|theirs)'
+//! valgrind --tool=callgrind --collect-atstart=no '--toggle-collect=*cost::driver_*' --callgrind-out-file=cost.out \
+//!     target/release/examples/cost ours split direct batch
 //! ```
 //!
-//! Each of the functions that it lists handles [`REQUESTS`] requests.
+//! The count that callgrind ends with is for [`REQUESTS`] requests.
 
 use ringfence_dma::{Buffer, Gpa, HostSlice, Ram};
 use ringfence_driver::blk::{Blk, Options, Request};
@@ -23,13 +29,16 @@ use virtio_drivers::device::blk::{BlkReq, BlkResp, VirtIOBlk};
 use virtio_drivers::transport::{self, DeviceType, InterruptStatus};
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
 
-const BATCH: usize = 4;
-const ROUNDS: usize = 25_000;
-/// How many requests each driver makes.
-pub const REQUESTS: usize = BATCH * ROUNDS;
+/// How many requests the driver makes.
+pub const REQUESTS: usize = 64_000;
+
+/// How many are under way at a time: ours; and theirs, whose queue has 16 descriptors, without tables and with.
+const OURS: usize = 32;
+const THEIRS: [usize; 2] = [4, 16];
 
 const VERSION_1: u64 = 1 << 32;
 const PACKED: u64 = 1 << 34;
+const INDIRECT: u64 = 1 << 28;
 const BLOCK: usize = 4096;
 
 /// A ring in this process' memory, and where the device is in it.
@@ -52,12 +61,16 @@ impl Ring {
             while self.next != available {
                 let slot = u64::from(self.next % self.size);
                 let head = ((self.driver + 4 + 2 * slot) as *const u16).read();
-                let (mut index, mut written) = (head, 0);
+                let (mut index, mut written, mut table) = (head, 0, self.descriptors);
                 loop {
-                    let descriptor = self.descriptors + 16 * u64::from(index);
+                    let descriptor = table + 16 * u64::from(index);
                     let (addr, len) = ((descriptor as *const u64).read(), ((descriptor + 8) as *const u32).read());
                     let (flags, next) =
                         (((descriptor + 12) as *const u16).read(), ((descriptor + 14) as *const u16).read());
+                    if flags & 4 != 0 {
+                        (table, index) = (addr, 0);
+                        continue;
+                    }
                     if flags & 2 != 0 {
                         written += len;
                     }
@@ -94,6 +107,13 @@ impl Ring {
                     self.next += 1;
                     if self.next == self.size {
                         (self.next, self.wrap) = (0, !self.wrap);
+                    }
+                    if flags & 4 != 0 {
+                        // Header, data, status.
+                        written = ((addr + 24) as *const u32).read() + 1;
+                        (((addr + 32) as *const u64).read() as *mut u8).write_volatile(0);
+                        ((first + 12) as *mut u16).write(id);
+                        break;
                     }
                     if flags & 2 != 0 {
                         written += len;
@@ -159,7 +179,7 @@ impl Transport for Ours {
     }
 
     fn max_queue_size(&mut self, _: u16) -> Result<u16, Infallible> {
-        Ok(16)
+        Ok(128)
     }
 
     fn start_queue(&mut self, _: u16, layout: &Layout) -> Result<(), Infallible> {
@@ -179,7 +199,9 @@ impl Transport for Ours {
 }
 
 /// Theirs, whose driver keeps it to itself: the ring is beside it.
-struct Theirs;
+struct Theirs {
+    offered: u64,
+}
 
 thread_local! {
     static RING: RefCell<Ring> = RefCell::default();
@@ -191,7 +213,7 @@ impl transport::Transport for Theirs {
     }
 
     fn read_device_features(&mut self) -> u64 {
-        VERSION_1
+        self.offered
     }
 
     fn write_driver_features(&mut self, _: u64) {}
@@ -276,40 +298,49 @@ fn at_itself(memory: HostSlice<'_>) -> Buffer<'_> {
 
 type OurDisk<'a> = Blk<'a, Ours, Direct<'a>>;
 
-#[inline(never)]
-fn ours_split_submit<'a>(disk: &mut OurDisk<'a>, data: &[Buffer<'a>; BATCH]) {
-    ours_submit(disk, data);
+/// How a driver tells the device.
+#[derive(Clone, Copy, PartialEq)]
+enum Telling {
+    Each,
+    Batch,
 }
 
 #[inline(never)]
-fn ours_split_complete(disk: &mut OurDisk<'_>) {
-    ours_complete(disk);
-}
-
-#[inline(never)]
-fn ours_packed_submit<'a>(disk: &mut OurDisk<'a>, data: &[Buffer<'a>; BATCH]) {
-    ours_submit(disk, data);
-}
-
-#[inline(never)]
-fn ours_packed_complete(disk: &mut OurDisk<'_>) {
-    ours_complete(disk);
-}
-
-#[inline(always)]
-fn ours_submit<'a>(disk: &mut OurDisk<'a>, data: &[Buffer<'a>; BATCH]) {
+fn driver_submit<'a>(disk: &mut OurDisk<'a>, data: &[Buffer<'a>], telling: Telling) {
     for (number, buffer) in data.iter().enumerate() {
         let into = std::slice::from_ref(buffer);
         disk.submit(Request::Read { sector: 8 * number as u64, into }).unwrap();
-        // As theirs: each by itself.
-        disk.notify().unwrap();
+        if telling == Telling::Each {
+            disk.notify().unwrap();
+        }
+    }
+    disk.notify().unwrap();
+}
+
+#[inline(never)]
+fn driver_complete(disk: &mut OurDisk<'_>) {
+    for _ in 0..OURS {
+        assert!(disk.poll().unwrap().unwrap().result.is_ok());
     }
 }
 
-#[inline(always)]
-fn ours_complete(disk: &mut OurDisk<'_>) {
-    for _ in 0..BATCH {
-        disk.poll().unwrap().unwrap().result.unwrap();
+fn ours(offered: u64, telling: Telling) {
+    let ram = Ram::new(128 * PAGE_SIZE);
+    let data: [_; OURS] = std::array::from_fn(|number| at_itself(ram.slice(number * BLOCK, BLOCK)));
+    let direct = Direct::new(at_itself(ram.slice(64 * PAGE_SIZE, 64 * PAGE_SIZE)));
+    let (platform, policy) = (Platform::X86, DriverPolicy::New);
+    let host = Host { platform, policy, physical: Some(&direct), translated: Some(&direct) };
+    let transport = Ours { ring: Ring::default(), status: DeviceStatus::empty(), offered };
+    let mut disk = Blk::start(transport, host, Options { depth: 128, segments: 4 }).unwrap();
+    for _ in 0..REQUESTS / OURS {
+        driver_submit(&mut disk, &data, telling);
+        let ring = &mut disk.device_mut().transport_mut().ring;
+        if offered & PACKED == 0 {
+            ring.serve_split()
+        } else {
+            ring.serve_packed()
+        }
+        driver_complete(&mut disk);
     }
 }
 
@@ -317,62 +348,48 @@ struct Slot {
     request: BlkReq,
     response: BlkResp,
     data: Box<[u8; BLOCK]>,
-    token: u16,
 }
 
 #[inline(never)]
-fn theirs_submit(disk: &mut VirtIOBlk<Flat, Theirs>, slots: &mut [Slot; BATCH]) {
+fn driver_submit_theirs(disk: &mut VirtIOBlk<Flat, Theirs>, slots: &mut [Slot], by_token: &mut [u16]) {
     for (number, slot) in slots.iter_mut().enumerate() {
         // SAFETY: nothing of the slot is touched before it is completed.
         let token =
             unsafe { disk.read_blocks_nb(8 * number, &mut slot.request, &mut slot.data[..], &mut slot.response) };
-        slot.token = token.unwrap();
+        by_token[usize::from(token.unwrap())] = number as u16;
     }
 }
 
 #[inline(never)]
-fn theirs_complete(disk: &mut VirtIOBlk<Flat, Theirs>, slots: &mut [Slot; BATCH]) {
-    for _ in 0..BATCH {
+fn driver_complete_theirs(disk: &mut VirtIOBlk<Flat, Theirs>, slots: &mut [Slot], by_token: &[u16]) {
+    for _ in 0..slots.len() {
         let token = disk.peek_used().unwrap();
-        let slot = slots.iter_mut().find(|slot| slot.token == token).unwrap();
+        let slot = &mut slots[usize::from(by_token[usize::from(token)])];
         // SAFETY: the same as were submitted.
         unsafe { disk.complete_read_blocks(token, &slot.request, &mut slot.data[..], &mut slot.response) }.unwrap();
     }
 }
 
-fn main() {
-    let ram = Ram::new(64 * PAGE_SIZE);
-    let data: [_; BATCH] = std::array::from_fn(|number| at_itself(ram.slice(number * BLOCK, BLOCK)));
-    for offered in [VERSION_1, VERSION_1 | PACKED] {
-        let direct = Direct::new(at_itself(ram.slice(32 * PAGE_SIZE, 32 * PAGE_SIZE)));
-        let (platform, policy) = (Platform::X86, DriverPolicy::New);
-        let host = Host { platform, policy, physical: Some(&direct), translated: Some(&direct) };
-        let transport = Ours { ring: Ring::default(), status: DeviceStatus::empty(), offered };
-        let mut disk = Blk::start(transport, host, Options { depth: 16, segments: 4 }).unwrap();
-        for _ in 0..ROUNDS {
-            match offered & PACKED {
-                0 => {
-                    ours_split_submit(&mut disk, &data);
-                    disk.device_mut().transport_mut().ring.serve_split();
-                    ours_split_complete(&mut disk);
-                }
-                _ => {
-                    ours_packed_submit(&mut disk, &data);
-                    disk.device_mut().transport_mut().ring.serve_packed();
-                    ours_packed_complete(&mut disk);
-                }
-            }
-        }
-    }
-
-    let slot =
-        |_| Slot { request: BlkReq::default(), response: BlkResp::default(), data: Box::new([0; BLOCK]), token: 0 };
-    let mut slots: [Slot; BATCH] = std::array::from_fn(slot);
-    let mut disk = VirtIOBlk::<Flat, _>::new(Theirs).unwrap();
-    for _ in 0..ROUNDS {
-        theirs_submit(&mut disk, &mut slots);
+fn theirs(offered: u64) {
+    let slot = |_| Slot { request: BlkReq::default(), response: BlkResp::default(), data: Box::new([0; BLOCK]) };
+    let mut slots: Vec<_> = (0..THEIRS[usize::from(offered & INDIRECT != 0)]).map(slot).collect();
+    let mut by_token = [0; 16];
+    let mut disk = VirtIOBlk::<Flat, _>::new(Theirs { offered }).unwrap();
+    for _ in 0..REQUESTS / slots.len() {
+        driver_submit_theirs(&mut disk, &mut slots, &mut by_token);
         RING.with_borrow_mut(Ring::serve_split);
-        theirs_complete(&mut disk, &mut slots);
+        driver_complete_theirs(&mut disk, &mut slots, &by_token);
     }
-    println!("{REQUESTS} requests each");
+}
+
+fn main() {
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    let said = |word: &str| arguments.iter().any(|argument| argument == word);
+    let bit = |word, bit| if said(word) { bit } else { 0 };
+    let offered = VERSION_1 | bit("packed", PACKED) | bit("tables", INDIRECT);
+    match said("theirs") {
+        true => theirs(offered),
+        false => ours(offered, if said("batch") { Telling::Batch } else { Telling::Each }),
+    }
+    println!("{REQUESTS} requests");
 }

@@ -50,6 +50,7 @@ impl<H: Hal> HalMapper<H> {
         Self { spare: Lock::new(Vec::new()), hal: PhantomData }
     }
 
+    #[inline]
     fn direction(permission: Permission) -> BufferDirection {
         match permission {
             Permission::ReadOnly => BufferDirection::DriverToDevice,
@@ -59,16 +60,19 @@ impl<H: Hal> HalMapper<H> {
     }
 }
 
+#[inline]
 fn range(memory: HostSlice<'_>) -> NonNull<[u8]> {
     let start = NonNull::new(memory.as_ptr()).expect("a slice has an address");
     NonNull::slice_from_raw_parts(start, memory.len())
 }
 
 impl<H: Hal> Mapper for HalMapper<H> {
+    #[inline]
     fn max_len(&self) -> usize {
         usize::MAX
     }
 
+    #[inline]
     fn map(&self, buffer: Buffer<'_>, permission: Permission) -> Result<Mapped, DmaError> {
         // SAFETY: a buffer's memory is valid and, by the contract of `Mapper`, not empty; by that of `new` no other
         // thread touches it now.
@@ -76,6 +80,7 @@ impl<H: Hal> Mapper for HalMapper<H> {
         Ok(Mapped { addr: BusAddr(addr), len: buffer.len(), cookie: 0 })
     }
 
+    #[inline]
     fn unmap(&self, mapped: Mapped, buffer: Buffer<'_>, permission: Permission) {
         // SAFETY: as in `map`; the address is what `share` returned for the same buffer and direction, by the contract
         // of `Mapper`.

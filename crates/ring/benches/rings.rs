@@ -8,7 +8,7 @@ use divan::counter::ItemsCount;
 use ringfence_dma::{Access, BusAddr, Fault, FaultReason, HostSlice, Stop, Ticket, Visit};
 use ringfence_ring::{
     Chain, Descriptor, DeviceQueue, DriverQueue, Format, Head, Indirect, IndirectTable, Layout, Notifications,
-    Position, RingArea, RingSlices, Rules,
+    Position, RingArea, RingCells, RingSlices, Rules,
 };
 use std::cell::RefCell;
 use std::hint::black_box;
@@ -141,7 +141,8 @@ fn measure(bencher: Bencher<'_, '_>, format: Format, indirect: Indirect, device:
         driver: area(RingArea::Driver),
         device: area(RingArea::Device),
     };
-    let driver = RefCell::new(DriverQueue::new(rules(format, indirect), SIZE, slices).unwrap());
+    let driver =
+        RefCell::new(DriverQueue::new(rules(format, indirect), SIZE, RingCells::new(format, SIZE, &slices)).unwrap());
     let under_way = std::cell::Cell::new(0);
     bencher
         .counter(ItemsCount::new(BATCH))
@@ -159,7 +160,7 @@ fn measure(bencher: Bencher<'_, '_>, format: Format, indirect: Indirect, device:
     assert_ne!(memory.read_obj::<u64>(GuestAddress(0)).unwrap(), 0);
 }
 
-fn submit(driver: &mut DriverQueue<RingSlices<'_>>, all: HostSlice<'_>, indirect: Indirect) {
+fn submit(driver: &mut DriverQueue<RingCells<'_>>, all: HostSlice<'_>, indirect: Indirect) {
     for number in 0..BATCH as u64 {
         let at = |offset: u64| BusAddr(0x2_0000 + number * 0x2000 + offset);
         let chain = [

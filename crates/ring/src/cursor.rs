@@ -45,12 +45,6 @@ impl Cursor {
         (flags & AVAIL != 0) == self.wrap && (flags & USED != 0) != self.wrap
     }
 
-    /// Whether the device used the descriptor with these flags here.
-    #[inline]
-    pub(crate) fn is_used(self, flags: u16) -> bool {
-        (flags & AVAIL != 0) == self.wrap && (flags & USED != 0) == self.wrap
-    }
-
     /// The flags that make a descriptor used here.
     #[inline]
     pub(crate) fn used_flags(self) -> u16 {

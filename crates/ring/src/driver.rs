@@ -3,38 +3,25 @@
 mod packed;
 mod split;
 
+use crate::cells::RingCells;
 use crate::layout::check_size;
-use crate::wire::{DESCRIPTOR, WRITE};
-use crate::{Descriptor, Format, Indirect, LayoutError, RingArea, Rules};
+use crate::wire::{DESCRIPTOR, WRITE, store_words};
+use crate::{Descriptor, Format, Indirect, LayoutError, Rules};
 use alloc::boxed::Box;
 use core::fmt;
+use core::sync::atomic::{AtomicU64, Ordering};
 use ringfence_dma::{Access, BusAddr, HostSlice};
 
 /// The coherent memory of a ring: what a DMA API allocated for it, and the device reaches at a [`Layout`](crate::Layout).
 pub trait RingMemory {
-    /// The bytes of `area`: at least [`RingArea::len`] of them, aligned to [`RingArea::align`], and always the same.
-    fn area(&self, area: RingArea) -> HostSlice<'_>;
+    /// The ring: of the queue's format and size, and always the same.
+    fn cells(&self) -> RingCells<'_>;
 }
 
-/// Three slices that are a ring's memory.
-#[derive(Clone, Copy, Debug)]
-pub struct RingSlices<'m> {
-    /// The descriptor table, or ring.
-    pub descriptors: HostSlice<'m>,
-    /// What the driver writes.
-    pub driver: HostSlice<'m>,
-    /// What the device writes.
-    pub device: HostSlice<'m>,
-}
-
-impl RingMemory for RingSlices<'_> {
+impl RingMemory for RingCells<'_> {
     #[inline]
-    fn area(&self, area: RingArea) -> HostSlice<'_> {
-        match area {
-            RingArea::Descriptors => self.descriptors,
-            RingArea::Driver => self.driver,
-            RingArea::Device => self.device,
-        }
+    fn cells(&self) -> RingCells<'_> {
+        *self
     }
 }
 
@@ -44,10 +31,10 @@ impl RingMemory for RingSlices<'_> {
 /// Once the device breaks the rules the queue is poisoned and every call says why; what is under way then stays the
 /// device's until it is reset.
 #[derive(Debug)]
-pub struct DriverQueue<M> {
+pub struct DriverQueue<M, T = ()> {
     memory: M,
     rules: Rules,
-    chains: Chains,
+    chains: Chains<T>,
     ring: Ring,
     poison: Option<DeviceError>,
 }
@@ -65,11 +52,43 @@ pub struct Token(u16);
 /// Memory for the descriptors of a chain, so that the chain takes up one entry of the ring.
 #[derive(Clone, Copy, Debug)]
 pub struct IndirectTable<'m> {
-    /// 16 bytes for each buffer. They are the device's to read until the chain comes back.
+    /// 16 bytes for each buffer. They are the device's to read until the chain comes back. Written faster where they begin
+    /// on a multiple of 8.
     pub memory: HostSlice<'m>,
     /// Where the device reaches it.
     pub addr: BusAddr,
 }
+
+/// A request's data and what stands around it: see [`DriverQueue::add_framed`].
+#[derive(Clone, Copy, Debug)]
+pub struct Framed<'m> {
+    /// Where a header is, and how long, up to 2048 bytes: always the same for the same token.
+    pub before: (BusAddr, u32),
+    /// What changes: a byte at least, and less than 4 GiB by 4096 bytes and more. Else this is a malformed chain.
+    pub data: Descriptor,
+    /// Where there is room for an answer, and how much, up to 2048 bytes: always the same for the same token.
+    pub after: (BusAddr, u32),
+    /// The token's table, where it has one.
+    pub table: Option<IndirectTable<'m>>,
+}
+
+impl Framed<'_> {
+    /// How many bytes of the chain are writable.
+    #[inline(always)]
+    fn writable(&self) -> u32 {
+        if self.data.access == Access::Write { self.data.len.wrapping_add(self.after.1) } else { self.after.1 }
+    }
+}
+
+/// What they are in the ring.
+#[inline(always)]
+fn framed_chain(before: (BusAddr, u32), data: Descriptor, after: (BusAddr, u32)) -> [Descriptor; 3] {
+    let part = |(addr, len), access| Descriptor { addr, len, access };
+    [part(before, Access::Read), data, part(after, Access::Write)]
+}
+
+/// A frame and this much are less than 4 GiB.
+const FRAMED_LEN: u32 = u32::MAX - 4096;
 
 /// A chain that came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +98,17 @@ pub struct Used {
     /// How many bytes the device says that it wrote, from the beginning of the writable part and within it. A device
     /// can lie: more of the part may have changed, and less.
     pub written: u32,
+}
+
+/// The same, and what might have been written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Returned {
+    /// Which.
+    pub token: Token,
+    /// As [`Used::written`].
+    pub written: u32,
+    /// How many bytes the writable part has.
+    pub writable: u32,
 }
 
 /// Why a chain was not added. Nothing was changed.
@@ -174,77 +204,263 @@ macro_rules! either {
 impl<M: RingMemory> DriverQueue<M> {
     /// A queue of `size` descriptors over `memory`, which is set to zero. The device does not run yet. It is asked to
     /// tell of what it uses.
-    ///
     /// # Errors
     /// [`LayoutError::Size`].
     ///
     /// # Panics
-    /// Where an area of `memory` is too short or not aligned.
+    /// Where `memory` is a ring of another format or size.
     pub fn new(rules: Rules, size: u16, memory: M) -> Result<Self, LayoutError> {
         check_size(rules.format, size)?;
-        for area in RingArea::ALL {
-            let (slice, len) = (memory.area(area), area.len(rules.format, size) as usize);
-            assert!(
-                slice.as_ptr().addr().is_multiple_of(area.align(rules.format) as usize),
-                "the {area} is misaligned"
-            );
-            slice.sub(0, len).fill(0);
-        }
+        let cells = memory.cells();
+        assert_eq!((cells.format(), cells.size()), (rules.format, size), "another ring's memory");
+        cells.clear();
         let ring = match rules.format {
             Format::Split => Ring::Split(split::Ring::new(size, rules.notifications)),
             Format::Packed => Ring::Packed(packed::Ring::new(size, rules.notifications)),
         };
-        Ok(Self { memory, rules, chains: Chains::new(size), ring, poison: None })
+        Ok(Self { memory, rules, chains: Chains::new(size, |_| ()), ring, poison: None })
     }
 
+    /// The same queue, which keeps a record beside the chain of each token: a caller's table, where the queue looks anyway.
+    ///
+    /// # Panics
+    /// Where a chain was added.
+    pub fn keeping<T>(self, records: impl FnMut(Token) -> T) -> DriverQueue<M, T> {
+        let Self { memory, rules, chains, ring, poison } = self;
+        assert!(chains.are_all_back() && chains.next == 0, "a queue in use");
+        DriverQueue { memory, rules, chains: Chains::new(chains.size, records), ring, poison }
+    }
+}
+
+impl<M: RingMemory, T> DriverQueue<M, T> {
     /// Adds a chain: bytes for the device to read, then bytes for it to write. The device sees it after
-    /// [`Self::publish`]. With a `table` it takes up one entry of the ring, else one for each buffer.
+    /// [`Self::publish`]; in a packed ring, where no store can be saved for a batch, it may see it before. With a `table`
+    /// it takes up one entry of the ring, else one for each buffer.
     ///
     /// # Errors
     /// Those of [`AddError`].
     #[inline]
     pub fn add(&mut self, buffers: &[Descriptor], table: Option<IndirectTable<'_>>) -> Result<Token, AddError> {
-        let Self { memory, rules, chains, ring, poison } = self;
-        if let Some(poison) = *poison {
-            return Err(AddError::Poisoned(poison));
+        match self.offer(buffers, table) {
+            Some(token) => Ok(token),
+            None => self.add_slowly(buffers, table),
         }
-        let writable = check_buffers(buffers)?;
-        let limit = chains.size();
+    }
+
+    /// Adds a chain of a buffer between two others that are always the same for the same token: what is still in the ring,
+    /// or the table, is not written again. `make` says what it is, has the record of its token, and may have an answer for
+    /// the caller; `None` where there is no room, or the device broke the queue before.
+    ///
+    /// # Errors
+    /// That of `make`; nothing was changed then.
+    ///
+    /// # Panics
+    /// Where [`Self::add`] would fail for a reason of the caller's own.
+    #[inline(always)]
+    pub fn add_framed<'t, R, E>(
+        &mut self,
+        make: impl FnOnce(&mut T) -> Result<(Framed<'t>, R), E>,
+    ) -> Result<Option<R>, E> {
+        let Chains { entries, links, next, free, .. } = &mut self.chains;
+        let (id, left) = (*next, *free);
+        if left < 3 && (left == 0 || self.rules.indirect == Indirect::Refused) {
+            return Ok(None);
+        }
+        let Some(entry) = entries.get_mut(usize::from(id)) else { return Ok(None) };
+        let (framed, answer) = make(&mut entry.record)?;
+        let Framed { before, data, after, table } = framed;
+        // Of itself or with its frame it is not too long for 32 bits.
+        debug_assert!((1..FRAMED_LEN).contains(&data.len), "{} bytes of data", data.len);
+        let added = match (&mut self.ring, table) {
+            (Ring::Split(ring), None) if left >= 3 && entry.standing == Standing::InRing => {
+                (entry.taken, entry.writable) = (3, framed.writable());
+                (*next, *free) = (links[usize::from(entry.last)], left.wrapping_sub(3));
+                let cells = self.memory.cells();
+                split::Ring::replace(&cells, entry.middle, &data, entry.last);
+                ring.add_head(&cells, id);
+                true
+            }
+            (Ring::Packed(ring), None) if left >= 3 => {
+                // `last` never was anything but the id.
+                (entry.taken, entry.writable) = (3, framed.writable());
+                (*next, *free) = (links[usize::from(id)], left.wrapping_sub(3));
+                ring.add_three(&self.memory.cells(), id, framed_chain(before, data, after));
+                true
+            }
+            (ring, Some(table)) if entry.standing == Standing::InTable => {
+                // It was in order when the table was written.
+                if let Some([[_, middle, _]]) = table.memory.cells::<[[AtomicU64; 2]; 3]>(0, 1) {
+                    let words = match ring {
+                        Ring::Split(_) => split::Ring::in_table(&data, 1, true),
+                        Ring::Packed(_) => packed::Ring::in_table(&data),
+                    };
+                    store(middle, words);
+                }
+                (entry.last, entry.taken, entry.writable) = (id, 1, framed.writable());
+                (*next, *free) = (links[usize::from(id)], left.wrapping_sub(1));
+                let cells = self.memory.cells();
+                either!(ring, ring => ring.add_table(&cells, id, table.addr, 3 * DESCRIPTOR));
+                true
+            }
+            _ => false,
+        };
+        if !added {
+            // In pieces: as a whole it would be put together in memory for this alone.
+            let table = table.map(|table| (table.memory, table.addr)).unzip();
+            if !self.frame_anew(before, data.addr, data.len, data.access, after, table.0, table.1) {
+                return Ok(None);
+            }
+        }
+        Ok(Some(answer))
+    }
+
+    /// Adds a chain whose frame is not in its place, but will be the next time, if there is room.
+    #[inline(never)]
+    #[expect(clippy::too_many_arguments, reason = "see above")]
+    fn frame_anew(
+        &mut self,
+        before: (BusAddr, u32),
+        addr: BusAddr,
+        len: u32,
+        access: Access,
+        after: (BusAddr, u32),
+        table_memory: Option<HostSlice<'_>>,
+        table_addr: Option<BusAddr>,
+    ) -> bool {
+        let table = table_memory.zip(table_addr).map(|(memory, addr)| IndirectTable { memory, addr });
+        let token = match self.add(&framed_chain(before, Descriptor { addr, len, access }, after), table) {
+            Ok(token) => token,
+            Err(AddError::Full { .. }) => return false,
+            Err(error) => panic!("a framed chain: {error}"),
+        };
+        let aligned = table.is_some_and(|table| table.memory.cells::<AtomicU64>(0, 1).is_some());
+        let entry = &mut self.chains.entries[token.index()];
+        entry.middle = self.chains.links[token.index()];
+        entry.standing = match (&self.ring, table) {
+            (_, Some(_)) if aligned => Standing::InTable,
+            (Ring::Split(_), None) => Standing::InRing,
+            _ => Standing::Nowhere,
+        };
+        true
+    }
+
+    /// [`Self::add`] without a reason, and for a table that starts on a multiple of 8.
+    #[inline]
+    fn offer(&mut self, buffers: &[Descriptor], table: Option<IndirectTable<'_>>) -> Option<Token> {
+        let writable = check_buffers(buffers).ok()?;
+        match table {
+            None if self.has_room(buffers.len(), None) => {
+                let cells = self.memory.cells();
+                let chains = &mut self.chains;
+                Some(Token(either!(&mut self.ring, ring => ring.add(&cells, chains, buffers, writable))))
+            }
+            Some(table) if self.has_room(buffers.len(), Some(&table)) => {
+                let cells = table.memory.cells::<[AtomicU64; 2]>(0, buffers.len())?;
+                for (number, cell) in cells.iter().enumerate() {
+                    store(cell, self.in_table(buffers, number));
+                }
+                Some(self.add_table(table.addr, buffers.len(), writable))
+            }
+            _ => None,
+        }
+    }
+
+    #[cold]
+    fn add_slowly(&mut self, buffers: &[Descriptor], table: Option<IndirectTable<'_>>) -> Result<Token, AddError> {
+        match table {
+            Some(table) if self.has_room(buffers.len(), Some(&table)) => {
+                let writable = check_buffers(buffers)?;
+                for number in 0..buffers.len() {
+                    store_words(&table.memory, number as u16, self.in_table(buffers, number));
+                }
+                Ok(self.add_table(table.addr, buffers.len(), writable))
+            }
+            _ => Err(self.why_not(buffers, table)),
+        }
+    }
+
+    /// The table's words for that buffer.
+    #[inline(always)]
+    fn in_table(&self, buffers: &[Descriptor], number: usize) -> (u64, u64) {
+        let (buffer, goes_on) = (&buffers[number], number + 1 < buffers.len());
+        match self.ring {
+            Ring::Split(_) => split::Ring::in_table(buffer, number, goes_on),
+            Ring::Packed(_) => packed::Ring::in_table(buffer),
+        }
+    }
+
+    /// Adds a chain whose table is written.
+    #[inline(always)]
+    fn add_table(&mut self, addr: BusAddr, descriptors: usize, writable: u32) -> Token {
+        let cells = self.memory.cells();
+        // As many as fit a queue, so their length fits too.
+        let len = DESCRIPTOR * descriptors as u32;
+        let id = self.chains.next;
+        self.chains.next = self.chains.links[usize::from(id)];
+        self.chains.give(id, id, 1, writable);
+        either!(&mut self.ring, ring => ring.add_table(&cells, id, addr, len));
+        Token(id)
+    }
+
+    /// Which token the next chain will have, if one can be added at all.
+    #[inline]
+    pub fn next_token(&self) -> Option<Token> {
+        (self.chains.free > 0).then_some(Token(self.chains.next))
+    }
+
+    #[inline(always)]
+    fn has_room(&self, buffers: usize, table: Option<&IndirectTable<'_>>) -> bool {
+        let free = usize::from(self.chains.free);
+        match table {
+            None => buffers <= free,
+            Some(table) => {
+                self.rules.indirect == Indirect::Allowed
+                    && free > 0
+                    && buffers <= self.chains.size.into()
+                    && buffers * DESCRIPTOR as usize <= table.memory.len()
+            }
+        }
+    }
+
+    /// Why a chain is not added.
+    #[cold]
+    fn why_not(&self, buffers: &[Descriptor], table: Option<IndirectTable<'_>>) -> AddError {
+        if let Some(poison) = self.poison {
+            return AddError::Poisoned(poison);
+        }
+        if let Err(error) = check_buffers(buffers) {
+            return error;
+        }
         if let Some(table) = table {
-            if rules.indirect == Indirect::Refused {
-                return Err(AddError::IndirectRefused);
+            if self.rules.indirect == Indirect::Refused {
+                return AddError::IndirectRefused;
             }
             let needed = DESCRIPTOR as usize * buffers.len();
             if table.memory.len() < needed {
-                return Err(AddError::TableTooSmall { needed, len: table.memory.len() });
+                return AddError::TableTooSmall { needed, len: table.memory.len() };
             }
         }
-        if buffers.len() > limit.into() {
-            return Err(AddError::TooManyBuffers { buffers: buffers.len(), limit });
+        match (buffers.len(), self.size()) {
+            (buffers, limit) if buffers > limit.into() => AddError::TooManyBuffers { buffers, limit },
+            (buffers, _) => AddError::Full { needed: if table.is_some() { 1 } else { buffers }, free: self.free() },
         }
-        let needed = if table.is_some() { 1 } else { buffers.len() };
-        if needed > usize::from(chains.free) {
-            return Err(AddError::Full { needed, free: chains.free });
-        }
-        let memory: &M = memory;
-        let id = either!(ring, ring => ring.add(memory, chains, buffers, table.as_ref()));
-        chains.give(id, needed as u16, writable);
-        Ok(Token(id))
     }
 
     /// Shows the device what was added since the last time.
     #[inline]
     pub fn publish(&mut self) {
-        let memory = &self.memory;
-        either!(&mut self.ring, ring => ring.publish(memory));
+        either!(&mut self.ring, ring => ring.publish(&self.memory.cells()));
     }
 
-    /// Publishes, and says whether the device wants to be told of what was published since this was last asked.
-    #[inline]
+    /// Publishes, and says whether the device wants to be told of what was published since this was last asked. A
+    /// device that broke the queue is told of nothing.
+    #[inline(always)]
     pub fn needs_kick(&mut self) -> bool {
-        self.publish();
-        let memory = &self.memory;
-        either!(&mut self.ring, ring => ring.needs_kick(memory))
+        either!(&mut self.ring, ring => {
+            let cells = self.memory.cells();
+            ring.publish(&cells);
+            ring.needs_kick(&cells)
+        })
     }
 
     /// Takes a chain back that the device has used, in whatever order it does so. Publishes first: what the device was
@@ -254,27 +470,41 @@ impl<M: RingMemory> DriverQueue<M> {
     /// [`DeviceError`], then and from then on: nothing that the device says of this queue can be believed.
     #[inline]
     pub fn take_used(&mut self) -> Result<Option<Used>, DeviceError> {
-        if let Some(poison) = self.poison {
-            return Err(poison);
+        match self.pop_used() {
+            Some((Returned { token, written, .. }, _)) => Ok(Some(Used { token, written })),
+            None => self.poison.map_or(Ok(None), Err),
         }
-        self.publish();
+    }
+
+    /// The same, with the record of its token. Where there is nothing, [`Self::poison`] is to be looked at.
+    #[inline(always)]
+    pub fn pop_used(&mut self) -> Option<(Returned, &mut T)> {
         let Self { memory, chains, ring, poison, .. } = self;
-        let memory: &M = memory;
-        either!(ring, ring => ring.take_used(memory, chains)).inspect_err(|&error| *poison = Some(error))
+        let popped = either!(ring, ring => {
+            let cells = memory.cells();
+            ring.publish(&cells);
+            ring.pop_used(&cells, chains)
+        });
+        match popped {
+            Ok(popped) => popped,
+            Err(error) => {
+                *poison = Some(error);
+                None
+            }
+        }
     }
 
     /// Whether the device has used something that was not taken back, or broke the rules: what
     /// [`Self::take_used`] will tell.
     #[inline]
     pub fn has_used(&self) -> bool {
-        self.poison.is_some() || either!(&self.ring, ring => ring.has_used(&self.memory))
+        self.poison.is_some() || either!(&self.ring, ring => ring.has_used(&self.memory.cells()))
     }
 
     /// Lets the device know that it need not tell of what it uses. It may all the same.
     #[inline]
     pub fn disable_callbacks(&mut self) {
-        let memory = &self.memory;
-        either!(&mut self.ring, ring => ring.disable_callbacks(memory));
+        either!(&mut self.ring, ring => ring.disable_callbacks(&self.memory.cells()));
     }
 
     /// Asks the device to tell of the next chain that it uses. `true`: there is one already, so take it instead of
@@ -288,8 +518,8 @@ impl<M: RingMemory> DriverQueue<M> {
             return Err(poison);
         }
         let Self { memory, chains, ring, poison, .. } = self;
-        let memory: &M = memory;
-        either!(ring, ring => ring.enable_callbacks(memory, chains)).inspect_err(|&error| *poison = Some(error))
+        let more = either!(ring, ring => ring.enable_callbacks(&memory.cells(), chains));
+        more.inspect_err(|&error| *poison = Some(error))
     }
 
     /// How many entries of the ring are free.
@@ -300,17 +530,28 @@ impl<M: RingMemory> DriverQueue<M> {
 
     /// How many descriptors the queue has.
     pub fn size(&self) -> u16 {
-        self.chains.size()
+        self.chains.size
     }
 
     /// The chains that did not come back. They are the device's until it is reset; then they can be taken from it.
     pub fn under_way(&self) -> impl Iterator<Item = Token> {
-        (0..).zip(&self.chains.given).filter(|(_, given)| given.entries != 0).map(|(id, _)| Token(id))
+        (0..).zip(&self.chains.entries).filter(|(_, entry)| entry.taken != 0).map(|(id, _)| Token(id))
     }
 
     /// What the device did, if it broke the queue.
     pub fn poison(&self) -> Option<DeviceError> {
         self.poison
+    }
+
+    /// What is kept beside the chain of that token.
+    #[inline]
+    pub fn record(&mut self, token: Token) -> &mut T {
+        &mut self.chains.entries[token.index()].record
+    }
+
+    /// What is kept beside the chains of all tokens.
+    pub fn records(&mut self) -> impl Iterator<Item = &mut T> {
+        self.chains.entries.iter_mut().map(|entry| &mut entry.record)
     }
 
     /// The ring's memory, which the device has until it is reset.
@@ -321,64 +562,112 @@ impl<M: RingMemory> DriverQueue<M> {
 
 /// Which chains the device has, and what is free. None of it is ever read back from the ring.
 #[derive(Debug)]
-struct Chains {
-    /// By id; `entries` is 0 where the device has no such chain.
-    given: Box<[Given]>,
-    /// How many are given.
-    under_way: u16,
+struct Chains<T> {
+    /// By descriptor (split) or id (packed).
+    entries: Box<[Entry<T>]>,
+    /// From each to the next, of a chain or of the free ones: what a ring says too, and is not asked.
+    links: Box<[u16]>,
+    /// The first free one, where there is one.
+    next: u16,
     /// How many entries of the ring are free.
     free: u16,
+    size: u16,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Given {
-    entries: u16,
+/// A descriptor or an id, and the chain that begins with it or has it.
+#[derive(Debug)]
+struct Entry<T> {
+    /// The last one of the chain.
+    last: u16,
+    /// The second, of a chain with a frame.
+    middle: u16,
+    /// How many entries of the ring the chain takes up; 0 where the device has no such chain.
+    taken: u16,
+    /// How many bytes the device may write.
     writable: u32,
+    /// Where its last chain still is, with its frame.
+    standing: Standing,
+    /// The caller's.
+    record: T,
 }
 
-impl Chains {
-    fn new(size: u16) -> Self {
-        let given = alloc::vec![Given { entries: 0, writable: 0 }; size.into()].into();
-        Self { given, under_way: 0, free: size }
+/// Where a chain of three is, but for what is in its middle.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Standing {
+    #[default]
+    Nowhere,
+    /// In the descriptors from `Entry::next` to `Entry::last`.
+    InRing,
+    InTable,
+}
+
+impl<T> Chains<T> {
+    fn new(size: u16, mut records: impl FnMut(Token) -> T) -> Self {
+        // The last is followed by one that is not there, and that is never gone to: `free` counts.
+        let entries = (0..size).map(|id| Entry {
+            last: id,
+            middle: id,
+            taken: 0,
+            writable: 0,
+            standing: Standing::Nowhere,
+            record: records(Token(id)),
+        });
+        Self { entries: entries.collect(), links: (1..=size).collect(), next: 0, free: size, size }
     }
 
     #[inline]
-    fn size(&self) -> u16 {
-        // 32768 at the most.
-        self.given.len() as u16
+    fn are_all_back(&self) -> bool {
+        self.free == self.size
     }
 
+    /// Remembers a chain whose entries are not among the free ones any more.
     #[inline]
-    fn give(&mut self, id: u16, entries: u16, writable: u32) {
-        self.given[usize::from(id)] = Given { entries, writable };
-        self.under_way += 1;
-        self.free -= entries;
+    fn give(&mut self, id: u16, last: u16, taken: u16, writable: u32) {
+        let entry = &mut self.entries[usize::from(id)];
+        (entry.last, entry.taken, entry.writable, entry.standing) = (last, taken, writable, Standing::Nowhere);
+        self.free -= taken;
     }
 
-    /// Takes chain `id` back, of which the device says that it wrote `written` bytes. Also says how many entries of the
+    /// Takes chain `id` back, of which the device says that it wrote `written` bytes; also says how many entries of the
     /// ring it took up.
-    #[inline]
-    fn take(&mut self, id: u32, written: u32) -> Result<(Used, u16), DeviceError> {
-        let size = self.size();
-        let no_such = DeviceError::NoSuchChain { id, size };
-        let given = self.given.get_mut(id as usize).ok_or(no_such)?;
-        let id = id as u16;
-        let Given { entries, writable } = *given;
-        if entries == 0 {
-            return Err(DeviceError::NotUnderWay { id });
+    #[inline(always)]
+    fn take(&mut self, id: u32, written: u32) -> Result<(Returned, u16, &mut T), DeviceError> {
+        let Self { entries, links, next, free, size } = self;
+        match entries.get_mut(id as usize) {
+            Some(entry) if entry.taken != 0 && written <= entry.writable => {
+                let (id, taken) = (id as u16, entry.taken);
+                entry.taken = 0;
+                // The chain goes before the free ones.
+                links[usize::from(entry.last)] = *next;
+                *next = id;
+                // No more than the size: they were taken from it.
+                *free = free.wrapping_add(taken);
+                let returned = Returned { token: Token(id), written, writable: entry.writable };
+                Ok((returned, taken, &mut entry.record))
+            }
+            entry => {
+                let entry = entry.map(|entry| (entry.taken, entry.writable));
+                let error = why_not_back(id, written, entry, *size, free == size);
+                // From here on nothing is added.
+                *free = 0;
+                Err(error)
+            }
         }
-        if written > writable {
-            return Err(DeviceError::WrittenTooMuch { id, written, writable });
-        }
-        given.entries = 0;
-        self.under_way -= 1;
-        self.free += entries;
-        Ok((Used { token: Token(id), written }, entries))
+    }
+}
+
+#[cold]
+fn why_not_back(id: u32, written: u32, entry: Option<(u16, u32)>, size: u16, all_back: bool) -> DeviceError {
+    match entry {
+        _ if all_back => DeviceError::NothingUnderWay,
+        None => DeviceError::NoSuchChain { id, size },
+        Some((0, _)) => DeviceError::NotUnderWay { id: id as u16 },
+        Some((_, writable)) => DeviceError::WrittenTooMuch { id: id as u16, written, writable },
     }
 }
 
 /// How many bytes of a chain are writable.
-#[inline]
+#[inline(always)]
 fn check_buffers(buffers: &[Descriptor]) -> Result<u32, AddError> {
     let (mut total, mut writable) = (0u64, 0);
     for buffer in buffers {
@@ -399,6 +688,13 @@ fn check_buffers(buffers: &[Descriptor]) -> Result<u32, AddError> {
         return Err(AddError::TooManyBytes);
     }
     Ok(writable as u32)
+}
+
+/// Writes the two words of a descriptor.
+#[inline(always)]
+fn store(cell: &[AtomicU64; 2], (addr, rest): (u64, u64)) {
+    cell[0].store(addr.to_le(), Ordering::Relaxed);
+    cell[1].store(rest.to_le(), Ordering::Relaxed);
 }
 
 /// The flag of a buffer's descriptor that says what the device does with it.

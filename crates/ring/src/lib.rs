@@ -16,6 +16,7 @@
 extern crate alloc;
 
 mod area;
+mod cells;
 mod chain;
 mod cursor;
 mod device;
@@ -26,9 +27,10 @@ mod position;
 mod rules;
 mod wire;
 
+pub use cells::{RingCells, RingSlices};
 pub use chain::{Chain, Descriptor, Head};
 pub use device::{DeviceQueue, OpenQueue};
-pub use driver::{AddError, DeviceError, DriverQueue, IndirectTable, RingMemory, RingSlices, Token, Used};
+pub use driver::{AddError, DeviceError, DriverQueue, Framed, IndirectTable, Returned, RingMemory, Token, Used};
 pub use error::{RingError, RingStop};
 pub use layout::{Layout, LayoutError, RingArea};
 pub use position::Position;

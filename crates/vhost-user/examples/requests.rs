@@ -160,8 +160,8 @@ fn main() {
     let mut disk = Blk::start(Embedded::new(end, IommuMode::Off), host, options).unwrap();
     let buffers: Vec<_> = (0..depth).map(|n| buffer(RINGS + n * len.next_multiple_of(4096), len)).collect();
 
-    let (transport, queues) = disk.split();
-    let (queue, device) = (&mut queues[0], transport.device_mut());
+    let (transport, mut queues) = disk.split();
+    let (queue, device) = (&mut *queues[0], transport.device_mut());
     let write = flag("--write");
     let mut at = 1;
     let mut best = [Duration::MAX; 3];

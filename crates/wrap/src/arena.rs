@@ -4,7 +4,7 @@ use crate::Options;
 use crate::pool::{Extent, PAGE, Pool};
 use ringfence_dma::{BusAddr, FrontendVa, Gpa, HostSlice};
 use ringfence_hostmem::{MapError, Placement, SharedMemory};
-use ringfence_ring::{Format, Layout, RingArea};
+use ringfence_ring::{Format, Layout, RingArea, RingCells, RingSlices};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
@@ -113,8 +113,16 @@ impl RingMemory {
 
 impl ringfence_ring::RingMemory for RingMemory {
     #[inline]
-    fn area(&self, area: RingArea) -> HostSlice<'_> {
-        self.arena.slice(self.start + self.offsets.of(area), area.len(self.format, self.size) as usize)
+    fn cells(&self) -> RingCells<'_> {
+        let area = |area: RingArea| {
+            self.arena.slice(self.start + self.offsets.of(area), area.len(self.format, self.size) as usize)
+        };
+        let slices = RingSlices {
+            descriptors: area(RingArea::Descriptors),
+            driver: area(RingArea::Driver),
+            device: area(RingArea::Device),
+        };
+        RingCells::new(self.format, self.size, &slices)
     }
 }
 

@@ -1,14 +1,14 @@
 //! One queue of a disk: requests on their way, and nothing about how the device is rung.
 
-use super::{Answer, BlkError, Completion, Geometry, Limits, Request, RequestError, RequestId, SECTOR, Unmap};
-use crate::queue::{self, Piece, Pieces};
+use super::record::{Kind, Record};
+use super::{Answer, BlkError, Completion, Geometry, Limits, Request, RequestId, SECTOR};
+use crate::loans::{self, Loans};
+use crate::queue::{self, Pieces};
 use alloc::vec::Vec;
 use core::convert::Infallible;
-use core::mem;
-use core::sync::atomic::Ordering;
-use ringfence_dma::{Access, Buffer, BusAddr, DmaError, FromDevice, Mapper, Streaming, ToDevice};
-use ringfence_ring::{AddError, Descriptor, Indirect, IndirectTable};
-use virtio_spec::blk::{S, T as Type};
+use ringfence_dma::{Access, Buffer, DmaError, Loan, Mapper};
+use ringfence_ring::{AddError, Descriptor, Framed, Indirect, Token};
+use virtio_spec::blk::T as Type;
 
 /// Why a queue did not do as asked; it has no way to a device that could fail.
 pub type QueueError = BlkError<Infallible>;
@@ -19,34 +19,48 @@ pub type QueueError = BlkError<Infallible>;
 /// then [`publish`](Self::publish)ed, which says whether to ring.
 #[derive(Debug)]
 pub struct Queue<'a, M: Mapper + ?Sized> {
-    ring: queue::Queue<'a, M>,
+    /// With what is kept beside each chain.
+    ring: queue::Queue<'a, M, Slot<'a, M>>,
     mapper: &'a M,
     geometry: Geometry,
     limits: Limits,
-    slots: Vec<Slot<'a, M>>,
-    /// Slots that no request has.
-    free: Vec<u16>,
-    /// By the ring's token: whose slot it is.
-    by_token: Vec<u16>,
-    /// Each slot's header, payload and status, and table of descriptors; see [`Record`].
-    records: Pieces<'a, M>,
-    /// For putting a chain together.
+    /// How many sectors one piece of memory may have.
+    longest: u64,
+    /// Counts requests.
+    generation: u64,
+    /// The answer to the last [`Request::Id`].
+    name: [u8; 20],
+    /// Numbers that no slot has: see [`Self::set_aside`].
+    spare: Vec<u16>,
+    /// For putting a chain together that is not the usual one.
     chain: Vec<Descriptor>,
+    /// The memory of the slots' records.
+    records: Pieces<'a, M>,
+}
+
+/// One request under way.
+#[derive(Debug)]
+struct Slot<'a, M: Mapper + ?Sized> {
+    record: Record<'a>,
+    generation: u64,
+    /// What [`RequestId::slot`] says.
+    number: u16,
+    kind: Kind,
+    loans: Loans<'a, M>,
 }
 
 impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
-    /// The records that a queue over `ring` needs: as many as the ring takes, and one that is kept for who waits; see
-    /// [`Self::submit`].
+    /// The records that a queue over `ring` needs.
     pub(super) fn records(
         mapper: &'a M,
         ring: &queue::Queue<'a, M>,
         limits: Limits,
     ) -> Result<Pieces<'a, M>, DmaError> {
         let table = match ring.indirect {
-            Indirect::Allowed => Record::DESCRIPTOR * (usize::from(limits.segments) + 2),
+            Indirect::Allowed => usize::from(limits.segments) + 2,
             Indirect::Refused => 0,
         };
-        Pieces::allocate(mapper, ring.ring.size() + 1, Record::LEN + table)
+        Pieces::allocate(mapper, ring.ring.size(), Record::len(table))
     }
 
     pub(super) fn new(
@@ -57,23 +71,31 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
         limits: Limits,
     ) -> Self {
         let depth = ring.ring.size();
-        let count = depth + 1;
+        let slot = |token: Token| Slot {
+            record: Record::new(records.get(token.index() as u16)),
+            generation: 0,
+            number: token.index() as u16,
+            kind: Kind::Plain,
+            loans: Loans::with_capacity(limits.segments),
+        };
         Self {
-            ring,
+            ring: ring.keeping(slot),
             mapper,
             geometry,
             limits,
-            slots: (0..count).map(|_| Slot::new(limits.segments)).collect(),
-            free: (0..count).rev().collect(),
-            by_token: alloc::vec![0; depth.into()],
-            records,
+            longest: limits.piece as u64 / SECTOR,
+            generation: 0,
+            name: [0; 20],
+            // Up to 65535.
+            spare: (depth..=depth + (depth - 1)).collect(),
             chain: Vec::with_capacity(usize::from(limits.segments) + 2),
+            records,
         }
     }
 
     /// What [`RequestId::slot`] is always below.
     pub fn slots(&self) -> usize {
-        self.slots.len()
+        2 * self.depth()
     }
 
     /// Whether [`poll`](Self::poll) will have something: a look at one word, for who looks again and again.
@@ -82,9 +104,14 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
         self.ring.ring.has_used()
     }
 
-    /// How many requests have come to no end, or to one that was not polled yet.
+    /// How many requests the disk has. Counts them.
     pub fn under_way(&self) -> usize {
-        self.slots.len() - self.free.len()
+        self.ring.ring.under_way().count()
+    }
+
+    /// How many there may be.
+    pub(super) fn depth(&self) -> usize {
+        self.ring.ring.size().into()
     }
 
     /// Puts a request on its way. The device need not see it before [`publish`](Self::publish).
@@ -93,29 +120,37 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     /// Any [`BlkError`] but [`BlkError::Failed`]; nothing was put on its way then.
     #[inline]
     pub fn submit(&mut self, request: Request<'_, 'a>) -> Result<RequestId, QueueError> {
-        // Completions that nobody polls keep their slots. One slot is left for who waits, and does not poll others'.
-        match self.free.len() {
-            0 | 1 => self.usable().and(Err(BlkError::Busy)),
-            _ => self.put(request),
-        }
+        self.put(request)
     }
 
     #[inline]
-    pub(super) fn put(&mut self, request: Request<'_, 'a>) -> Result<RequestId, QueueError> {
-        self.usable()?;
-        self.check(&request)?;
-        let slot = *self.free.last().ok_or(BlkError::Busy)?;
-        let offered = self.map(slot, &request).and_then(|()| self.offer(slot, &request));
-        match offered {
-            Ok(expected) => {
-                self.free.pop();
-                Ok(self.slots[usize::from(slot)].begin(slot, &request, expected))
-            }
-            Err(error) => {
-                self.slots[usize::from(slot)].segments.clear();
-                Err(error)
-            }
+    pub(super) fn put<E>(&mut self, request: Request<'_, 'a>) -> Result<RequestId, BlkError<E>> {
+        // Each arm hands on what it took apart, so that a usual request is never put together in memory.
+        match request {
+            Request::Read { sector, into } => match into {
+                [buffer] if self.is_usual(sector, buffer.len()) => {
+                    self.put_usual(Type::In, sector, *buffer, Access::Write)
+                }
+                _ => self.put_read(sector, into),
+            },
+            Request::Write { sector, from } => match from {
+                [buffer] if self.is_usual(sector, buffer.len()) && !self.geometry.read_only => {
+                    self.put_usual(Type::Out, sector, *buffer, Access::Read)
+                }
+                _ => self.put_write(sector, from),
+            },
+            other => self.put_any(other),
         }
+    }
+
+    #[inline(never)]
+    fn put_read<E>(&mut self, sector: u64, into: &[Buffer<'a>]) -> Result<RequestId, BlkError<E>> {
+        self.put_any(Request::Read { sector, into })
+    }
+
+    #[inline(never)]
+    fn put_write<E>(&mut self, sector: u64, from: &[Buffer<'a>]) -> Result<RequestId, BlkError<E>> {
+        self.put_any(Request::Write { sector, from })
     }
 
     /// Shows the device what was submitted; `true` if it wants to be rung.
@@ -124,8 +159,16 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     /// [`BlkError::Broken`].
     #[inline]
     pub fn publish(&mut self) -> Result<bool, QueueError> {
-        self.usable()?;
-        Ok(self.ring.ring.needs_kick())
+        self.needs_kick()
+    }
+
+    #[inline(always)]
+    pub(super) fn needs_kick<E>(&mut self) -> Result<bool, BlkError<E>> {
+        // A broken queue has nothing to tell of.
+        match self.ring.ring.needs_kick() {
+            true => Ok(true),
+            false => self.usable().map(|()| false),
+        }
     }
 
     /// A request that has come to its end, if there is one. Does not wait.
@@ -134,11 +177,7 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     /// [`BlkError::Broken`].
     #[inline]
     pub fn poll(&mut self) -> Result<Option<Completion>, QueueError> {
-        let completion = self.reap()?;
-        if let Some(completion) = &completion {
-            self.give_back(completion.id);
-        }
-        Ok(completion)
+        self.reap()
     }
 
     /// Asks the device to tell of the next request that ends. `true`: one has, so poll instead of sleeping.
@@ -146,6 +185,10 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     /// # Errors
     /// [`BlkError::Broken`].
     pub fn listen(&mut self) -> Result<bool, QueueError> {
+        self.listen_for()
+    }
+
+    pub(super) fn listen_for<E>(&mut self) -> Result<bool, BlkError<E>> {
         self.ring.ring.enable_callbacks().map_err(BlkError::Broken)
     }
 
@@ -154,24 +197,94 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
         self.ring.ring.disable_callbacks();
     }
 
-    /// The slot of a request whose completion was taken by [`Self::reap`].
-    #[inline]
-    pub(super) fn give_back(&mut self, id: RequestId) {
-        self.free.push(id.slot);
-    }
-
     /// Gives up for lost whatever the device may still touch.
-    pub(super) fn leak(self) {
-        mem::forget(self);
+    pub(super) fn leak(&mut self) {
+        self.ring.ring.records().for_each(|slot| slot.loans.leak());
+        self.ring.leak();
+        self.records.leak();
     }
 
     #[inline]
-    pub(super) fn usable(&self) -> Result<(), QueueError> {
+    pub(super) fn usable<E>(&self) -> Result<(), BlkError<E>> {
         self.ring.ring.poison().map_or(Ok(()), |error| Err(BlkError::Broken(error)))
     }
 
-    #[inline]
-    fn check(&self, request: &Request<'_, 'a>) -> Result<(), QueueError> {
+    /// Whether a transfer over one buffer can be as it is: whole sectors, in one piece, on the disk.
+    #[inline(always)]
+    fn is_usual(&self, sector: u64, len: usize) -> bool {
+        // Enormous, where it is no whole number of sectors.
+        let sectors = (len as u64).rotate_right(SECTOR.trailing_zeros());
+        // Not 0, and no longer than a piece.
+        sectors.wrapping_sub(1) < self.longest
+            && self.geometry.sectors.checked_sub(sector).is_some_and(|left| sectors <= left)
+    }
+
+    /// What nearly every request is, without a detour: header, one buffer, status.
+    #[inline(always)]
+    fn put_usual<E>(
+        &mut self,
+        kind: Type,
+        sector: u64,
+        buffer: Buffer<'a>,
+        access: Access,
+    ) -> Result<RequestId, BlkError<E>> {
+        let Self { ring, mapper, generation, .. } = self;
+        let added = ring.ring.add_framed(|slot| {
+            let loan = slot.loans.keep(Loan::map(*mapper, buffer, loans::permission(access))?);
+            let data = loans::descriptor(loan, access);
+            slot.record.write_transfer(kind, sector);
+            let (before, after, table) = (slot.record.header(), slot.record.status(), slot.record.table());
+            let framed = Framed { before: (before.addr, before.len), data, after: (after.addr, after.len), table };
+            Ok::<_, DmaError>((framed, slot.begin(generation, Kind::Usual)))
+        });
+        match added? {
+            Some(id) => Ok(id),
+            None => Err(self.busy()),
+        }
+    }
+
+    /// Any request, whatever there is to be said of it.
+    #[inline(never)]
+    fn put_any<E>(&mut self, request: Request<'_, 'a>) -> Result<RequestId, BlkError<E>> {
+        self.usable()?;
+        self.check(&request)?;
+        let Some(token) = self.ring.ring.next_token() else { return Err(self.busy()) };
+        self.lend(token, &request)?;
+        let Self { ring: queue, chain, .. } = self;
+        let Slot { record, loans, .. } = queue.ring.record(token);
+        record.write(&request);
+
+        chain.clear();
+        chain.push(record.header());
+        // A request has data or a payload, and not both.
+        chain.extend(record.payload(&request));
+        let reads = matches!(request, Request::Read { .. });
+        chain.extend(loans.descriptors(if reads { Access::Write } else { Access::Read }));
+        chain.push(record.status());
+
+        // A table has the request take up one entry of the ring, so that more of them fit.
+        let table = record.table();
+        let added = queue.ring.add(chain, table);
+        let slot = queue.ring.record(token);
+        match added {
+            Ok(_) => {
+                let kind = if matches!(request, Request::Id) { Kind::Id } else { Kind::Plain };
+                Ok(slot.begin(&mut self.generation, kind))
+            }
+            Err(error) => {
+                slot.loans.take_back();
+                Err(refused(error))
+            }
+        }
+    }
+
+    /// Why there is no token.
+    #[cold]
+    fn busy<E>(&self) -> BlkError<E> {
+        self.ring.ring.poison().map_or(BlkError::Busy, BlkError::Broken)
+    }
+
+    fn check<E>(&self, request: &Request<'_, 'a>) -> Result<(), BlkError<E>> {
         let Geometry { sectors: capacity, read_only, cached, discard, write_zeroes, .. } = self.geometry;
         let in_range = |sector: u64, sectors: u64| match sector.checked_add(sectors) {
             Some(end) if end <= capacity => Ok(()),
@@ -210,226 +323,84 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     }
 
     /// Lends the request's buffers to the device, in pieces as long as device and mapper can take.
-    #[inline]
-    fn map(&mut self, slot: u16, request: &Request<'_, 'a>) -> Result<(), QueueError> {
-        let mapper = self.mapper;
-        let longest = self.limits.piece.min(mapper.max_len()).max(1);
-        let most = usize::from(self.limits.segments);
-        let segments = &mut self.slots[usize::from(slot)].segments;
+    fn lend<E>(&mut self, token: Token, request: &Request<'_, 'a>) -> Result<(), BlkError<E>> {
+        let Limits { segments, piece } = self.limits;
         let (buffers, access) = match *request {
             Request::Read { into, .. } => (into, Access::Write),
             Request::Write { from, .. } => (from, Access::Read),
             _ => return Ok(()),
         };
-        let count: usize = buffers.iter().map(|buffer| buffer.len().div_ceil(longest)).sum();
-        if count > most {
-            return Err(BlkError::TooLong { count: count as u64, max: most as u64 });
+        let (count, max) = (Loans::<M>::count(buffers, piece), usize::from(segments));
+        if count > max {
+            return Err(BlkError::TooLong { count: count as u64, max: max as u64 });
         }
-        for buffer in buffers {
-            let mut offset = 0;
-            while offset < buffer.len() {
-                let piece = buffer.sub(offset, longest.min(buffer.len() - offset));
-                segments.push(match access {
-                    Access::Write => Segment::FromDevice(Streaming::map(mapper, piece, FromDevice)?),
-                    Access::Read => Segment::ToDevice(Streaming::map(mapper, piece, ToDevice)?),
-                });
-                offset += piece.len();
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes the request's record and puts its chain into the ring. Returns how many bytes the device is to write.
-    #[inline]
-    fn offer(&mut self, slot: u16, request: &Request<'_, 'a>) -> Result<u32, QueueError> {
-        let Self { ring: queue, slots, by_token, records, chain, .. } = self;
-        let record = Record(records.get(slot));
-        record.write(request);
-
-        chain.clear();
-        chain.push(record.header());
-        // A request has data or a payload, and not both.
-        chain.extend(record.payload(request));
-        chain.extend(slots[usize::from(slot)].segments.iter().map(Segment::descriptor));
-        chain.push(record.status());
-        let expected = chain.iter().map(|part| if part.access == Access::Write { part.len } else { 0 }).sum();
-
-        // A table has the request take up one entry of the ring, so that more of them fit.
-        let table = (queue.indirect == Indirect::Allowed).then(|| record.table());
-        match queue.ring.add(chain, table) {
-            Ok(token) => {
-                by_token[token.index()] = slot;
-                Ok(expected)
-            }
-            Err(AddError::Full { .. }) => Err(BlkError::Busy),
-            Err(AddError::Poisoned(error)) => Err(BlkError::Broken(error)),
-            Err(error) => unreachable!("a chain within the limits: {error}"),
-        }
+        Ok(self.ring.ring.record(token).loans.lend(self.mapper, buffers, piece, access)?)
     }
 
     /// Takes the next used chain off the ring, and back what it had lent.
     #[inline]
-    pub(super) fn reap(&mut self) -> Result<Option<Completion>, QueueError> {
-        let used = self.ring.ring.take_used().map_err(BlkError::Broken)?;
-        let Some(used) = used else { return Ok(None) };
-        let slot = self.by_token[used.token.index()];
-        let (id, kind, expected) = self.slots[usize::from(slot)].end(slot);
-        let result = Record(self.records.get(slot)).answer(kind, used.written, expected);
-        Ok(Some(Completion { id, result }))
+    pub(super) fn reap<E>(&mut self) -> Result<Option<Completion>, BlkError<E>> {
+        loop {
+            let Some((used, slot)) = self.ring.ring.pop_used() else { return self.usable().map(|()| None) };
+            let id = RequestId { slot: slot.number, generation: slot.generation };
+            // What nearly every request is, and comes to.
+            if slot.kind == Kind::Usual && used.written == used.writable && slot.record.is_ok() {
+                slot.loans.take_one_back();
+                return Ok(Some(Completion { id, result: Ok(Answer::Done) }));
+            }
+            slot.loans.take_back();
+            if let Some(result) = slot.record.answer(slot.kind, used.written, used.writable) {
+                if result == Ok(Answer::Id) {
+                    self.name = slot.record.name();
+                }
+                return Ok(Some(Completion { id, result }));
+            }
+        }
+    }
+
+    /// What the disk last said when asked for its name.
+    pub fn name(&self) -> [u8; 20] {
+        self.name
+    }
+
+    /// Nobody hears yet of this request, which was reaped last. The ring has its slot to give away again, and so the slot
+    /// gets another number: the request keeps its own until [`Self::give_back`].
+    pub(super) fn set_aside(&mut self, id: RequestId) {
+        let number = self.spare.pop().expect("no more are kept than there are slots");
+        let slot = self.ring.ring.records().find(|slot| slot.number == id.slot);
+        slot.expect("it was just there").number = number;
+    }
+
+    /// The number of a request that was set aside, and heard of now.
+    pub(super) fn give_back(&mut self, id: RequestId) {
+        self.spare.push(id.slot);
+    }
+
+    /// Nobody will ever want to hear of this request.
+    pub(super) fn abandon(&mut self, id: RequestId) {
+        let named = |slot: &&mut Slot<'a, M>| (slot.number, slot.generation) == (id.slot, id.generation);
+        if let Some(slot) = self.ring.ring.records().find(named) {
+            slot.kind = Kind::Abandoned;
+        }
     }
 }
 
-/// Room for one request under way.
-#[derive(Debug)]
-struct Slot<'a, M: Mapper + ?Sized> {
-    /// Counts the requests that had the slot.
-    generation: u64,
-    kind: Kind,
-    expected: u32,
-    segments: Vec<Segment<'a, M>>,
-}
-
-/// What a slot's request wants back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    /// Nothing but its status, or data in buffers.
-    Plain,
-    Id,
-}
-
-#[derive(Debug)]
-enum Segment<'a, M: Mapper + ?Sized> {
-    ToDevice(Streaming<'a, M, ToDevice>),
-    FromDevice(Streaming<'a, M, FromDevice>),
-}
-
-impl<M: Mapper + ?Sized> Segment<'_, M> {
-    #[inline]
-    fn descriptor(&self) -> Descriptor {
-        let (addr, len, access) = match self {
-            Segment::ToDevice(mapping) => (mapping.addr(), mapping.len(), Access::Read),
-            Segment::FromDevice(mapping) => (mapping.addr(), mapping.len(), Access::Write),
-        };
-        // `Limits::piece` has 32 bits.
-        Descriptor { addr, len: len as u32, access }
+/// Why the ring did not take a chain that is within the limits.
+#[cold]
+fn refused<E>(error: AddError) -> BlkError<E> {
+    match error {
+        AddError::Full { .. } => BlkError::Busy,
+        AddError::Poisoned(error) => BlkError::Broken(error),
+        error => unreachable!("a chain within the limits: {error}"),
     }
 }
 
 impl<M: Mapper + ?Sized> Slot<'_, M> {
-    fn new(segments: u16) -> Self {
-        Self { generation: 0, kind: Kind::Plain, expected: 0, segments: Vec::with_capacity(segments.into()) }
-    }
-
     #[inline]
-    fn begin(&mut self, slot: u16, request: &Request<'_, '_>, expected: u32) -> RequestId {
-        self.kind = if matches!(request, Request::Id) { Kind::Id } else { Kind::Plain };
-        self.expected = expected;
-        RequestId { slot, generation: self.generation }
-    }
-
-    /// Takes back what was lent: whatever the device wrote is in the buffers afterwards.
-    #[inline]
-    fn end(&mut self, slot: u16) -> (RequestId, Kind, u32) {
-        self.segments.clear();
-        let id = RequestId { slot, generation: self.generation };
-        self.generation += 1;
-        (id, self.kind, self.expected)
-    }
-}
-
-/// What a request has besides its data, in memory that the device sees all the time: `virtio_blk_req` (§5.2.6).
-///
-/// The device may scribble over all of it at any time, and harms nobody but itself: nothing but the answer is read back.
-#[derive(Clone, Copy)]
-struct Record<'a>(Piece<'a>);
-
-impl<'a> Record<'a> {
-    /// Where in a record the payload, the status and the table are. The header is at its start.
-    const PAYLOAD: usize = 16;
-    const STATUS: usize = 48;
-    const LEN: usize = 64;
-
-    /// The length of a descriptor in a table.
-    const DESCRIPTOR: usize = 16;
-
-    /// What no device writes: it shows a status that was not written.
-    const NO_STATUS: u8 = 0xff;
-
-    #[inline]
-    fn write(&self, request: &Request<'_, '_>) {
-        let (kind, at) = match *request {
-            Request::Read { sector, .. } => (Type::In, sector),
-            Request::Write { sector, .. } => (Type::Out, sector),
-            Request::Flush => (Type::Flush, 0),
-            Request::Id => (Type::GetId, 0),
-            Request::Discard { .. } => (Type::Discard, 0),
-            Request::WriteZeroes { .. } => (Type::WriteZeroes, 0),
-        };
-        // A type and a reserved field, then the sector.
-        self.0.memory.store_u64(0, u32::from(kind).into(), Ordering::Relaxed);
-        self.0.memory.store_u64(8, at, Ordering::Relaxed);
-        if self.payload(request).is_some() {
-            // `virtio_blk_discard_write_zeroes`, or room for a name: cleared, lest an earlier name comes back.
-            let mut payload = [0; Self::STATUS - Self::PAYLOAD];
-            if let Request::Discard { sector, sectors } | Request::WriteZeroes { sector, sectors, .. } = *request {
-                payload[..8].copy_from_slice(&sector.to_le_bytes());
-                payload[8..12].copy_from_slice(&sectors.to_le_bytes());
-            }
-            if let Request::WriteZeroes { unmap: Unmap::Yes, .. } = request {
-                payload[12] = 1;
-            }
-            self.0.memory.write(Self::PAYLOAD, &payload);
-        }
-        self.0.memory.write(Self::STATUS, &[Self::NO_STATUS]);
-    }
-
-    #[inline]
-    fn header(&self) -> Descriptor {
-        self.part(0, 16, Access::Read)
-    }
-
-    #[inline]
-    fn payload(&self, request: &Request<'_, '_>) -> Option<Descriptor> {
-        match request {
-            Request::Discard { .. } | Request::WriteZeroes { .. } => Some(self.part(Self::PAYLOAD, 16, Access::Read)),
-            Request::Id => Some(self.part(Self::PAYLOAD, 20, Access::Write)),
-            Request::Read { .. } | Request::Write { .. } | Request::Flush => None,
-        }
-    }
-
-    #[inline]
-    fn status(&self) -> Descriptor {
-        self.part(Self::STATUS, 1, Access::Write)
-    }
-
-    #[inline]
-    fn part(&self, offset: usize, len: u32, access: Access) -> Descriptor {
-        Descriptor { addr: BusAddr(self.0.addr.0 + offset as u64), len, access }
-    }
-
-    fn table(&self) -> IndirectTable<'a> {
-        let memory = self.0.memory.sub(Self::LEN, self.0.memory.len() - Self::LEN);
-        IndirectTable { memory, addr: BusAddr(self.0.addr.0 + Self::LEN as u64) }
-    }
-
-    /// What the device answered, who says that it wrote `written` bytes of `expected`.
-    #[inline]
-    fn answer(&self, kind: Kind, written: u32, expected: u32) -> Result<Answer, RequestError> {
-        let mut status = [0];
-        self.0.memory.read(Self::STATUS, &mut status);
-        match S::try_from(status[0]) {
-            Ok(S::Ok) if written < expected => Err(RequestError::Short { written, expected }),
-            Ok(S::Ok) => Ok(match kind {
-                Kind::Plain => Answer::Done,
-                Kind::Id => {
-                    let mut id = [0; 20];
-                    self.0.memory.read(Self::PAYLOAD, &mut id);
-                    Answer::Id(id)
-                }
-            }),
-            Ok(S::Ioerr) => Err(RequestError::Io),
-            Ok(S::Unsupp) => Err(RequestError::Unsupported),
-            _ => Err(RequestError::Status(status[0])),
-        }
+    fn begin(&mut self, generation: &mut u64, kind: Kind) -> RequestId {
+        (self.generation, self.kind) = (*generation, kind);
+        // One a nanosecond lasts for centuries.
+        *generation = generation.wrapping_add(1);
+        RequestId { slot: self.number, generation: self.generation }
     }
 }

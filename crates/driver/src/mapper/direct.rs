@@ -15,14 +15,17 @@ impl<'m> Direct<'m> {
 }
 
 impl Mapper for Direct<'_> {
+    #[inline]
     fn max_len(&self) -> usize {
         usize::MAX
     }
 
+    #[inline]
     fn map(&self, buffer: Buffer<'_>, _: Permission) -> Result<Mapped, DmaError> {
         Ok(Mapped { addr: BusAddr(buffer.physical().0), len: buffer.len(), cookie: 0 })
     }
 
+    #[inline]
     fn unmap(&self, _: Mapped, _: Buffer<'_>, _: Permission) {}
 
     fn allocate(&self, len: usize) -> Result<(Mapped, HostSlice<'_>), DmaError> {

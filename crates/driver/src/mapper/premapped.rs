@@ -42,10 +42,12 @@ impl<'a, M: Mapper + ?Sized> Premapped<'a, M> {
 }
 
 impl<M: Mapper + ?Sized> Mapper for Premapped<'_, M> {
+    #[inline]
     fn max_len(&self) -> usize {
         usize::MAX
     }
 
+    #[inline]
     fn map(&self, buffer: Buffer<'_>, _: Permission) -> Result<Mapped, DmaError> {
         let physical = buffer.physical();
         // A guest's memory is a handful of regions.
@@ -58,6 +60,7 @@ impl<M: Mapper + ?Sized> Mapper for Premapped<'_, M> {
         Ok(Mapped { addr, len: buffer.len(), cookie: 0 })
     }
 
+    #[inline]
     fn unmap(&self, _: Mapped, _: Buffer<'_>, _: Permission) {}
 
     fn allocate(&self, len: usize) -> Result<(Mapped, HostSlice<'_>), DmaError> {

@@ -365,3 +365,76 @@ fn a_forbidden_page_faults_and_the_driver_reports_an_error() {
         }
     }
 }
+
+/// Chains of every length take turns at the same descriptors, so that what stands of an earlier one is never taken for
+/// what belongs to a later one.
+#[test]
+fn requests_of_all_shapes_take_turns() {
+    for ring in RINGS {
+        let world = World::new();
+        let mut transport = world.embedded(DISK_FEATURES | ring, IommuMode::Offer);
+        world.with_mapper(Mapping::Dynamic, |mapper| {
+            let options = Options { depth: 32, segments: 4 };
+            let mut disk = Blk::start(&mut transport, new_driver(mapper), options).unwrap();
+            let mut random = 7_u32;
+            let mut below = |limit: u32| {
+                random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                ((random >> 12) % limit) as usize
+            };
+            let mut content = vec![0_u8; 64 * 512];
+            for round in 0..400 {
+                // What each read is to find, in which memory; nothing overlaps within a round.
+                let mut reads = Vec::new();
+                let mut under_way = 0;
+                for sector in 0..1 + below(12) {
+                    // Those whose number divides a sector.
+                    let pieces = 1 << below(3);
+                    let buffers: Vec<_> =
+                        (0..pieces).map(|piece| world.buffer(sector * 4096 + piece * 512, 512 / pieces)).collect();
+                    let at = sector * 512;
+                    let request = if below(2) == 0 {
+                        let data = stamp(round * 64 + sector, 512);
+                        let mut rest = &data[..];
+                        for buffer in &buffers {
+                            buffer.memory().write(0, &rest[..buffer.len()]);
+                            rest = &rest[buffer.len()..];
+                        }
+                        content[at..at + 512].copy_from_slice(&data);
+                        Request::Write { sector: sector as u64, from: &buffers }
+                    } else {
+                        buffers.iter().for_each(|buffer| buffer.memory().fill(0xaa));
+                        Request::Read { sector: sector as u64, into: &buffers }
+                    };
+                    match disk.submit(request) {
+                        Ok(_) => under_way += 1,
+                        Err(BlkError::Busy) => {
+                            // A write that was not made; what is there was written by an earlier one, or by none.
+                            let there = &disk.device().transport().device().content;
+                            content[at..at + 512].copy_from_slice(&there[at..at + 512]);
+                            continue;
+                        }
+                        Err(error) => panic!("{error}"),
+                    }
+                    if matches!(request, Request::Read { .. }) {
+                        reads.push((content[at..at + 512].to_vec(), buffers));
+                    }
+                }
+                while under_way > 0 {
+                    disk.notify().unwrap();
+                    match disk.poll().unwrap() {
+                        Some(completion) => {
+                            assert_eq!(completion.result, Ok(Answer::Done));
+                            under_way -= 1;
+                        }
+                        None => disk.wait().unwrap(),
+                    }
+                }
+                for (expected, buffers) in reads {
+                    let found: Vec<u8> = buffers.into_iter().flat_map(bytes).collect();
+                    assert_eq!(found, expected, "ring {ring:#x}, round {round}");
+                }
+                assert_eq!(disk.device().transport().device().content[..64 * 512], content);
+            }
+        });
+    }
+}

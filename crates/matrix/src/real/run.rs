@@ -103,7 +103,9 @@ fn serve(cell: &Cell, program: &Path, image: &Image, socket: &Path) -> Command {
     let (mode, how) = match cell.device {
         Device::ServeBlk(mode, keep) => (mode, ["--iotlb", keep.name()]),
         Device::Card(mode) => (mode, ["--transport", "vfio-user"]),
-        Device::QemuBlk(_) | Device::StorageDaemon(_) | Device::Wrapped(_) => unreachable!("only for a server of disks"),
+        Device::QemuBlk(_) | Device::StorageDaemon(_) | Device::Wrapped(_) => {
+            unreachable!("only for a server of disks")
+        }
     };
     let mut command = Command::new(program);
     command.args(["serve", "blk", "--iommu", &mode.to_string()]).args(how).arg("--socket").arg(socket);

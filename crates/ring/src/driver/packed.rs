@@ -1,204 +1,259 @@
 //! The driver's half of a packed ring (§2.8).
 
-use super::{Chains, IndirectTable, RingMemory, Used, access_flag};
+use super::{Chains, Returned, access_flag, store};
+use crate::cells::RingCells;
 use crate::cursor::Cursor;
-use crate::wire::{
-    DESCRIPTOR, EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, INDIRECT, NEXT, Raw, descriptor, packed, packed_event_passed,
-    store_words,
-};
-use crate::{Descriptor, DeviceError, Notifications, RingArea};
-use alloc::boxed::Box;
-use core::sync::atomic::{Ordering, fence};
-use ringfence_dma::HostSlice;
+use crate::wire::{AVAIL, EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, INDIRECT, NEXT, Raw, USED, packed_event_passed};
+use crate::{Descriptor, DeviceError, Notifications};
+use core::sync::atomic::{AtomicU64, Ordering, fence};
+use ringfence_dma::BusAddr;
 
 #[derive(Debug)]
 pub(super) struct Ring {
     notifications: Notifications,
-    /// From each free id to the next.
-    links: Box<[u16]>,
-    /// The first free id, where there is one.
-    free: u16,
-    /// The next descriptor to write.
-    added: Cursor,
-    /// The same as far as the device sees.
-    published: Cursor,
-    /// The head of the first chain that was not published; what its flags will be.
-    first: Option<(u16, u16)>,
-    /// How many descriptors were added since the last publication.
-    unpublished: u32,
-    /// How many were published since the device was last told or found not to care.
-    untold: u32,
-    /// Where the device writes its next used descriptor.
-    taken: Cursor,
+    size: u16,
+    /// The next descriptor to write, and the flags that make it available: a word's highest bits.
+    added: u16,
+    lap: u64,
+    /// Where the device writes its next used descriptor, and the flags that it then has. [`BROKEN`]: never.
+    taken: u16,
+    used: u64,
+    /// How many entries were ever added, and how many had been when the device was last told or found not to care.
+    count: u64,
+    told: u64,
+}
+
+/// The flags of a word that say whose turn it is.
+const TURN: u64 = ((AVAIL | USED) as u64) << 48;
+
+/// No flags are this.
+const BROKEN: u64 = 1;
+
+const fn word(flags: u16) -> u64 {
+    (flags as u64) << 48
 }
 
 impl Ring {
     pub(super) fn new(size: u16, notifications: Notifications) -> Self {
         Self {
             notifications,
-            // The last links to an id that is not there, and is never followed: `Chains` counts the free ones.
-            links: (1..=size).collect(),
-            free: 0,
-            added: Cursor::START,
-            published: Cursor::START,
-            first: None,
-            unpublished: 0,
-            untold: 0,
-            taken: Cursor::START,
+            size,
+            added: 0,
+            lap: word(Cursor::START.available_flags()),
+            taken: 0,
+            used: word(Cursor::START.used_flags()),
+            count: 0,
+            told: 0,
         }
     }
 
-    /// There is room, and the table is large enough. The flags of a batch's first head are left to `publish`: until
-    /// they are there the device does not look at the rest.
+    /// A descriptor of a table. The id and all other flags mean nothing there (§2.8.7).
+    #[inline(always)]
+    pub(super) fn in_table(buffer: &Descriptor) -> (u64, u64) {
+        Raw { addr: buffer.addr, len: buffer.len, flags: access_flag(buffer), link: 0 }.packed_words()
+    }
+
+    /// Adds chain `id`, which lies in a table of `len` bytes at `addr`.
+    #[inline(always)]
+    pub(super) fn add_table(&mut self, cells: &RingCells<'_>, id: u16, addr: BusAddr, len: u32) {
+        let (addr, rest) = Raw { addr, len, flags: INDIRECT, link: id }.packed_words();
+        self.add_head(cells, (addr, rest | self.lap));
+        (self.added, self.lap) = self.after(self.added, 1, self.lap);
+        self.count += 1;
+    }
+
+    /// Adds a chain, and says its id. There is room.
     #[inline]
-    pub(super) fn add<M: RingMemory>(
+    pub(super) fn add<T>(
         &mut self,
-        memory: &M,
-        chains: &Chains,
+        cells: &RingCells<'_>,
+        chains: &mut Chains<T>,
         buffers: &[Descriptor],
-        table: Option<&IndirectTable<'_>>,
+        writable: u32,
     ) -> u16 {
-        let descriptors = memory.area(RingArea::Descriptors);
-        let id = self.free;
-        self.free = self.links[usize::from(id)];
-        let size = chains.size();
-        let entries = match table {
-            Some(table) => {
-                for (number, buffer) in buffers.iter().enumerate() {
-                    // The id and all other flags mean nothing here (§2.8.7).
-                    let raw = Raw { addr: buffer.addr, len: buffer.len, flags: access_flag(buffer), link: 0 };
-                    store_words(&table.memory, number as u16, raw.packed_words());
-                }
-                // As many as fit a queue, so their length fits too.
-                let len = DESCRIPTOR * buffers.len() as u32;
-                let flags = INDIRECT | self.added.available_flags();
-                self.put(&descriptors, self.added, Raw { addr: table.addr, len, flags, link: id });
-                1
-            }
-            None => {
-                let mut at = self.added;
-                for (number, buffer) in buffers.iter().enumerate() {
-                    let next = if number + 1 == buffers.len() { 0 } else { NEXT };
-                    let flags = next | access_flag(buffer) | at.available_flags();
-                    self.put(&descriptors, at, Raw { addr: buffer.addr, len: buffer.len, flags, link: id });
-                    at = at.advance(1, size);
-                }
-                buffers.len() as u16
-            }
-        };
-        self.added = self.added.advance(entries, size);
-        self.unpublished += u32::from(entries);
+        let id = chains.next;
+        chains.next = chains.links[usize::from(id)];
+        chains.give(id, id, buffers.len() as u16, writable);
+        // The first of them comes last: it may be what has the device look at all.
+        let (mut at, mut lap) = self.after(self.added, 1, self.lap);
+        for number in 1..buffers.len() {
+            let words = in_ring(&buffers[number], id, number + 1 < buffers.len(), lap);
+            store(&cells.descriptors[usize::from(at)], words);
+            (at, lap) = self.after(at, 1, lap);
+        }
+        self.add_head(cells, in_ring(&buffers[0], id, buffers.len() > 1, self.lap));
+        (self.added, self.lap) = (at, lap);
+        self.count += buffers.len() as u64;
         id
     }
 
-    /// Writes a descriptor; of the first since the last publication all but the flags.
-    #[inline]
-    fn put(&mut self, descriptors: &HostSlice<'_>, at: Cursor, raw: Raw) {
-        if self.first.is_some() {
-            store_words(descriptors, at.index, raw.packed_words());
-            return;
+    /// Adds chain `id` of three.
+    #[inline(always)]
+    pub(super) fn add_three(&mut self, cells: &RingCells<'_>, id: u16, [head, middle, last]: [Descriptor; 3]) {
+        let at = usize::from(self.added);
+        match cells.descriptors.get(at..).and_then(|rest| rest.first_chunk()) {
+            // Before the ring's end nothing changes from one to the next.
+            Some([first, second, third, _]) => {
+                store(second, in_ring(&middle, id, true, self.lap));
+                store(third, in_ring(&last, id, false, self.lap));
+                show(first, in_ring(&head, id, true, self.lap));
+                self.added = self.added.wrapping_add(3);
+            }
+            None => {
+                let (at, lap) = self.after(self.added, 1, self.lap);
+                store(&cells.descriptors[usize::from(at)], in_ring(&middle, id, true, lap));
+                let (at, lap) = self.after(at, 1, lap);
+                store(&cells.descriptors[usize::from(at)], in_ring(&last, id, false, lap));
+                let after = self.after(at, 1, lap);
+                self.add_head(cells, in_ring(&head, id, true, self.lap));
+                (self.added, self.lap) = after;
+            }
         }
-        self.first = Some((at.index, raw.flags));
-        let descriptor = descriptor(descriptors, at.index);
-        descriptor.store_u64(0, raw.addr.0, Ordering::Relaxed);
-        descriptor.store_u32(packed::LEN, raw.len, Ordering::Relaxed);
-        descriptor.store_u16(packed::ID, raw.link, Ordering::Relaxed);
+        self.count = self.count.wrapping_add(3);
     }
 
-    #[inline]
-    pub(super) fn publish<M: RingMemory>(&mut self, memory: &M) {
-        let Some((index, flags)) = self.first.take() else { return };
-        let descriptor = descriptor(&memory.area(RingArea::Descriptors), index);
-        // Release: orders the stores of the whole batch, and of the buffers behind it, before this one.
-        descriptor.store_u16(packed::FLAGS, flags, Ordering::Release);
-        self.published = self.added;
-        self.untold = self.untold.saturating_add(self.unpublished);
-        self.unpublished = 0;
+    #[inline(always)]
+    fn add_head(&mut self, cells: &RingCells<'_>, words: (u64, u64)) {
+        show(&cells.descriptors[usize::from(self.added)], words);
     }
 
-    #[inline]
-    pub(super) fn needs_kick<M: RingMemory>(&mut self, memory: &M) -> bool {
-        let untold = self.untold;
+    /// The place `entries` after `at`, and the flags there.
+    #[inline(always)]
+    fn after(&self, at: u16, entries: u16, flags: u64) -> (u16, u64) {
+        // 32768 and as many: up to 65536.
+        let at = u32::from(at) + u32::from(entries);
+        if at < u32::from(self.size) { (at as u16, flags) } else { ((at - u32::from(self.size)) as u16, flags ^ TURN) }
+    }
+
+    /// Each chain was shown when it was added.
+    #[inline(always)]
+    pub(super) fn publish(&mut self, _: &RingCells<'_>) {}
+
+    #[inline(always)]
+    pub(super) fn needs_kick(&mut self, cells: &RingCells<'_>) -> bool {
+        let untold = self.count.wrapping_sub(self.told);
         if untold == 0 {
             return false;
         }
-        self.untold = 0;
+        self.told = self.count;
         // Orders the store of the head's flags before the load of what the device wants; the device does the opposite
         // before it sleeps.
         fence(Ordering::SeqCst);
-        let wanted = memory.area(RingArea::Device).load_u32(0, Ordering::Relaxed);
+        let wanted = u32::from_le(cells.events[1][0].load(Ordering::Relaxed));
         let (event, flags) = (wanted as u16, (wanted >> 16) as u16 & 3);
         match (flags, self.notifications) {
             (EVENT_DISABLE, _) => false,
             (EVENT_DESC, Notifications::EventIdx) => {
-                let Cursor { index, wrap } = self.published;
-                packed_event_passed(event, index, wrap, untold, self.size())
+                // More than a lap is a lap: every event is among them.
+                let untold = untold.min(self.size.into()) as u32;
+                packed_event_passed(event, self.added, self.lap == word(AVAIL), untold, self.size)
             }
             _ => true,
         }
     }
 
-    #[inline]
-    pub(super) fn take_used<M: RingMemory>(
+    /// Takes back the next chain that the device has used. After an error nothing is taken any more.
+    #[inline(always)]
+    pub(super) fn pop_used<'c, T>(
         &mut self,
-        memory: &M,
-        chains: &mut Chains,
-    ) -> Result<Option<Used>, DeviceError> {
-        if !self.look(memory, chains)? {
+        cells: &RingCells<'_>,
+        chains: &'c mut Chains<T>,
+    ) -> Result<Option<(Returned, &'c mut T)>, DeviceError> {
+        // Acquire: orders this load before those of the buffers that came back. All of the word in one load, so that its
+        // flags speak of the rest.
+        let rest = self.next(cells, Ordering::Acquire);
+        if rest & TURN != self.used {
             return Ok(None);
         }
-        let descriptor = descriptor(&memory.area(RingArea::Descriptors), self.taken.index);
-        let id = descriptor.load_u16(packed::ID, Ordering::Relaxed);
-        let written = descriptor.load_u32(packed::LEN, Ordering::Relaxed);
-        let (used, entries) = chains.take(id.into(), written)?;
-        self.links[usize::from(id)] = self.free;
-        self.free = id;
-        self.taken = self.taken.advance(entries, chains.size());
-        Ok(Some(used))
-    }
-
-    /// Whether there is something to take.
-    #[inline]
-    fn look<M: RingMemory>(&self, memory: &M, chains: &Chains) -> Result<bool, DeviceError> {
-        let descriptor = descriptor(&memory.area(RingArea::Descriptors), self.taken.index);
-        // Acquire: orders this load before those of the rest, and of the buffers that came back.
-        let flags = descriptor.load_u16(packed::FLAGS, Ordering::Acquire);
-        match (self.taken.is_used(flags), chains.under_way) {
-            (false, _) => Ok(false),
-            (true, 0) => Err(DeviceError::NothingUnderWay),
-            (true, _) => Ok(true),
+        match chains.take((rest >> 32) as u32 & 0xffff, rest as u32) {
+            Ok((returned, entries, record)) => {
+                // A lap is rare.
+                let after = u32::from(self.taken) + u32::from(entries);
+                if after < u32::from(self.size) {
+                    self.taken = after as u16;
+                } else {
+                    self.end_lap(after);
+                }
+                Ok(Some((returned, record)))
+            }
+            Err(error) => {
+                self.break_down();
+                Err(error)
+            }
         }
     }
 
+    /// Nothing is taken any more, and there is nothing to tell of.
+    #[cold]
+    fn break_down(&mut self) {
+        (self.used, self.told) = (BROKEN, self.count);
+    }
+
+    #[cold]
+    fn end_lap(&mut self, after: u32) {
+        self.taken = (after - u32::from(self.size)) as u16;
+        self.used ^= TURN;
+    }
+
+    /// The second word of what the device used next, or did not.
+    #[inline(always)]
+    fn next(&self, cells: &RingCells<'_>, order: Ordering) -> u64 {
+        u64::from_le(cells.descriptors[usize::from(self.taken)][1].load(order))
+    }
+
     #[inline]
-    pub(super) fn has_used<M: RingMemory>(&self, memory: &M) -> bool {
-        // A hint: `look` loads it again with the order that it needs.
-        let descriptor = descriptor(&memory.area(RingArea::Descriptors), self.taken.index);
-        self.taken.is_used(descriptor.load_u16(packed::FLAGS, Ordering::Relaxed))
+    pub(super) fn has_used(&self, cells: &RingCells<'_>) -> bool {
+        // A hint: `pop_used` loads it again with the order that it needs.
+        self.next(cells, Ordering::Relaxed) & TURN == self.used
     }
 
-    pub(super) fn disable_callbacks<M: RingMemory>(&mut self, memory: &M) {
-        set_event(memory, 0, EVENT_DISABLE);
+    pub(super) fn disable_callbacks(&mut self, cells: &RingCells<'_>) {
+        set_event(cells, 0, EVENT_DISABLE);
     }
 
-    pub(super) fn enable_callbacks<M: RingMemory>(&mut self, memory: &M, chains: &Chains) -> Result<bool, DeviceError> {
+    pub(super) fn enable_callbacks<T>(
+        &mut self,
+        cells: &RingCells<'_>,
+        chains: &mut Chains<T>,
+    ) -> Result<bool, DeviceError> {
         match self.notifications {
-            Notifications::Flags => set_event(memory, 0, EVENT_ENABLE),
-            Notifications::EventIdx => set_event(memory, self.taken.bits(), EVENT_DESC),
+            Notifications::Flags => set_event(cells, 0, EVENT_ENABLE),
+            Notifications::EventIdx => {
+                let taken = Cursor { index: self.taken, wrap: self.used != 0 };
+                set_event(cells, taken.bits(), EVENT_DESC);
+            }
         }
         // Orders the store above before the load of the next descriptor's flags; the device does the opposite.
         fence(Ordering::SeqCst);
-        self.look(memory, chains)
-    }
-
-    #[inline]
-    fn size(&self) -> u16 {
-        self.links.len() as u16
+        match self.next(cells, Ordering::Relaxed) & TURN == self.used {
+            true if chains.are_all_back() => {
+                self.break_down();
+                chains.free = 0;
+                Err(DeviceError::NothingUnderWay)
+            }
+            more => Ok(more),
+        }
     }
 }
 
+/// The descriptor of a buffer in a chain that goes on or ends, where `lap` are the flags that make it available.
+#[inline(always)]
+fn in_ring(buffer: &Descriptor, id: u16, goes_on: bool, lap: u64) -> (u64, u64) {
+    let flags = if goes_on { NEXT } else { 0 } | access_flag(buffer);
+    let (addr, rest) = Raw { addr: buffer.addr, len: buffer.len, flags, link: id }.packed_words();
+    (addr, rest | lap)
+}
+
+/// Writes the first descriptor of a chain, whose flags have the device look at the rest.
+#[inline(always)]
+fn show(cell: &[AtomicU64; 2], (addr, rest): (u64, u64)) {
+    cell[0].store(addr.to_le(), Ordering::Relaxed);
+    // Release: orders the stores of the rest of the chain, and of the buffers behind it, before this one.
+    cell[1].store(rest.to_le(), Ordering::Release);
+}
+
 /// Both halves in one store, so that the device never sees a new flag with an old offset.
-fn set_event<M: RingMemory>(memory: &M, event: u16, flags: u16) {
+fn set_event(cells: &RingCells<'_>, event: u16, flags: u16) {
     let event = u32::from(event) | u32::from(flags) << 16;
-    memory.area(RingArea::Driver).store_u32(0, event, Ordering::Relaxed);
+    cells.events[0][0].store(event.to_le(), Ordering::Relaxed);
 }

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use ringfence_dma::{Access, BusAddr, Ticket};
 use ringfence_ring::{
     AddError, Chain, Descriptor, DeviceQueue, DriverQueue, Format, Indirect, Notifications, OpenQueue, Position,
-    RingSlices, RingStop, Rules, Token, Used,
+    RingCells, RingStop, Rules, Token, Used,
 };
 use std::collections::{HashMap, VecDeque};
 
@@ -64,7 +64,7 @@ enum Listening {
 /// The two halves, and what should be where.
 struct Pair<'w> {
     world: &'w World,
-    driver: DriverQueue<RingSlices<'w>>,
+    driver: DriverQueue<RingCells<'w>>,
     device: DeviceQueue,
     driver_is: Listening,
     device_is: Listening,
@@ -84,7 +84,7 @@ struct Pair<'w> {
 impl<'w> Pair<'w> {
     fn new(world: &'w World) -> Self {
         let World { rules, layout, .. } = *world;
-        let driver = DriverQueue::new(rules, layout.size, world.slices()).unwrap();
+        let driver = DriverQueue::new(rules, layout.size, world.cells()).unwrap();
         world.driver_to_device();
         Self {
             world,
@@ -137,6 +137,10 @@ impl<'w> Pair<'w> {
                 assert_eq!(self.given.insert(token, table), None, "a token twice");
                 assert_eq!(usize::from(free - self.driver.free()), needed);
                 self.added.push_back((token, buffers));
+                // A packed ring shows each chain at once.
+                if self.world.rules.format == Format::Packed {
+                    self.published.append(&mut self.added);
+                }
             }
             Err(error) => {
                 self.tables.extend(table);

@@ -116,7 +116,7 @@ proptest! {
         rounds in 1..60,
     ) {
         let world = World::new(Kind::Flat, rules, size, 1);
-        let mut queue = DriverQueue::new(rules, size, world.slices()).unwrap();
+        let mut queue = DriverQueue::new(rules, size, world.cells()).unwrap();
         let buffers = [
             Descriptor { addr: BusAddr(0x1000), len: 4, access: Access::Read },
             Descriptor { addr: BusAddr(0x2000), len: 4, access: Access::Write },
@@ -166,7 +166,7 @@ proptest! {
 fn lie(why: &str, format: Format, tell: impl Fn(&World), expected: Result<(), DeviceError>) {
     let rules = Rules { format, ..Rules::default() };
     let world = World::new(Kind::Flat, rules, 4, 0);
-    let mut queue = DriverQueue::new(rules, 4, world.slices()).unwrap();
+    let mut queue = DriverQueue::new(rules, 4, world.cells()).unwrap();
     let buffer = |len, access| Descriptor { addr: BusAddr(0x1000), len, access };
     queue.add(&[buffer(9, Access::Read), buffer(4, Access::Write)], None).unwrap();
     queue.add(&[buffer(8, Access::Write)], None).unwrap();
@@ -243,7 +243,7 @@ fn chains_that_are_not_added() {
     for format in [Format::Split, Format::Packed] {
         let rules = Rules { format, indirect: Indirect::Allowed, ..Rules::default() };
         let world = World::new(Kind::Flat, rules, 4, 0);
-        let mut queue = DriverQueue::new(rules, 4, world.slices()).unwrap();
+        let mut queue = DriverQueue::new(rules, 4, world.cells()).unwrap();
         queue.add(&[buffer(1, read)], None).unwrap();
         let mut table = world.table(0);
         table.memory = table.memory.sub(0, 31);
@@ -262,7 +262,7 @@ fn chains_that_are_not_added() {
             assert_eq!(queue.free(), 3);
         }
         queue.add(&[buffer(1, read); 4], Some(world.table(0))).unwrap();
-        let mut queue = DriverQueue::new(Rules { format, ..Rules::default() }, 4, world.slices()).unwrap();
+        let mut queue = DriverQueue::new(Rules { format, ..Rules::default() }, 4, world.cells()).unwrap();
         assert_eq!(queue.add(&[buffer(1, read)], Some(world.table(0))), Err(AddError::IndirectRefused));
     }
 }

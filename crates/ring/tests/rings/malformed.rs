@@ -2,9 +2,7 @@
 
 use crate::world::{BUS, Kind, World};
 use ringfence_dma::{Access, BusAddr, Fault, FaultReason};
-use ringfence_ring::{
-    Chain, Descriptor, DeviceQueue, Format, Indirect, Position, RingArea, RingError, RingMemory, RingStop, Rules,
-};
+use ringfence_ring::{Chain, Descriptor, DeviceQueue, Format, Indirect, Position, RingError, RingStop, Rules};
 use std::sync::atomic::Ordering;
 
 const SIZE: u16 = 8;
@@ -39,7 +37,7 @@ fn check(why: &str, rules: Rules, ring: &[Raw], table: &[Raw], expected: Result<
         }
         if rules.format == Format::Split {
             // Entry 0 is descriptor 0.
-            world.slices().area(RingArea::Driver).store_u16(2, 1, Ordering::Relaxed);
+            world.slices().driver.store_u16(2, 1, Ordering::Relaxed);
         }
         world.driver_to_device();
 

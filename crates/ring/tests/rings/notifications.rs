@@ -2,7 +2,7 @@
 
 use crate::world::{Kind, World};
 use ringfence_dma::{Access, BusAddr};
-use ringfence_ring::{Chain, Descriptor, DeviceQueue, DriverQueue, Format, Notifications, Position, RingSlices, Rules};
+use ringfence_ring::{Chain, Descriptor, DeviceQueue, DriverQueue, Format, Notifications, Position, RingCells, Rules};
 use std::sync::atomic::Ordering;
 
 const SIZE: u16 = 8;
@@ -10,7 +10,7 @@ const SIZE: u16 = 8;
 /// Honest halves, lockstep, one descriptor a chain.
 struct Pair<'w> {
     world: &'w World,
-    driver: DriverQueue<RingSlices<'w>>,
+    driver: DriverQueue<RingCells<'w>>,
     device: DeviceQueue,
     /// How many chains went through.
     done: u32,
@@ -20,7 +20,7 @@ impl<'w> Pair<'w> {
     fn new(world: &'w World) -> Self {
         Self {
             world,
-            driver: DriverQueue::new(world.rules, SIZE, world.slices()).unwrap(),
+            driver: DriverQueue::new(world.rules, SIZE, world.cells()).unwrap(),
             device: DeviceQueue::new(world.rules, world.layout, Position::start(world.rules.format)).unwrap(),
             done: 0,
         }

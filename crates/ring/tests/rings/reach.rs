@@ -16,7 +16,7 @@ fn areas_out_of_reach() {
         let Layout { descriptors, driver, device, .. } = world.layout;
         for (addr, access) in [(descriptors, Access::Read), (driver, Access::Read), (device, Access::Write)] {
             // One chain is there.
-            let mut theirs = DriverQueue::new(rules, 4, world.slices()).unwrap();
+            let mut theirs = DriverQueue::new(rules, 4, world.cells()).unwrap();
             let buffer = ringfence_ring::Descriptor { addr: BusAddr(1), len: 1, access: Access::Write };
             theirs.add(&[buffer], None).unwrap();
             theirs.publish();
@@ -118,7 +118,7 @@ fn elements_in_pieces() {
 fn a_used_entry_lies_across_two_pages() {
     let rules = Rules::default();
     let world = World::new(Kind::Scattered, rules, 1024, 0);
-    let mut theirs = DriverQueue::new(rules, 1024, world.slices()).unwrap();
+    let mut theirs = DriverQueue::new(rules, 1024, world.cells()).unwrap();
     let buffer = ringfence_ring::Descriptor { addr: BusAddr(1), len: 0x0102_0304, access: Access::Write };
     for _ in 0..1024 {
         theirs.add(&[buffer], None).unwrap();
@@ -188,7 +188,7 @@ fn refusals_arrive() {
 fn a_batch_is_translated_once() {
     for rules in all_rules() {
         let world = World::new(Kind::Flat, rules, 64, 0);
-        let mut theirs = DriverQueue::new(rules, 64, world.slices()).unwrap();
+        let mut theirs = DriverQueue::new(rules, 64, world.cells()).unwrap();
         let buffer = |access| ringfence_ring::Descriptor { addr: BusAddr(1), len: 1, access };
         for _ in 0..32 {
             theirs.add(&[buffer(Access::Read), buffer(Access::Write)], None).unwrap();

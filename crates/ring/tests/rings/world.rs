@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use ringfence_dma::{Access, BusAddr, Fault, FaultReason, HostSlice, Miss, Permission, Ram, Stop, Ticket, Visit};
-use ringfence_ring::{Format, Indirect, IndirectTable, Layout, Notifications, RingArea, RingSlices, Rules};
+use ringfence_ring::{Format, Indirect, IndirectTable, Layout, Notifications, RingArea, RingCells, RingSlices, Rules};
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 
@@ -92,6 +92,11 @@ impl World {
     /// The ring as the driver sees it.
     pub(crate) fn slices(&self) -> RingSlices<'_> {
         RingSlices { descriptors: self.near(0), driver: self.near(1), device: self.near(2) }
+    }
+
+    /// The same, for a driver's half.
+    pub(crate) fn cells(&self) -> RingCells<'_> {
+        RingCells::new(self.rules.format, self.layout.size, &self.slices())
     }
 
     /// A table of the driver's.

@@ -153,7 +153,7 @@ impl<'j> Client<'j> {
         let (transport, queues) = disk.split();
         let transport = &*transport;
         let mut lanes = Vec::new();
-        for (number, queue) in queues.iter_mut().enumerate() {
+        for (number, queue) in queues.into_iter().enumerate() {
             let plan = Plan::new(self.job, number as u16, size);
             let ledger = self.job.verify.then(|| Ledger::new(plan.blocks(), shape.block_size, number as u64 + 1));
             let buffers = self.buffers(number);

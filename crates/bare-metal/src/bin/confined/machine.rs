@@ -7,6 +7,7 @@ use core::sync::atomic::{AtomicU8, Ordering};
 use ringfence_bare_metal::pci::{self, Place};
 use ringfence_dma::{Buffer, Gpa, HostSlice, RegisterWindow};
 use ringfence_driver::Spin;
+use ringfence_driver::mmio::{self, MmioError};
 use ringfence_driver::pci::{Bar, Function, PciError};
 
 pub(crate) const MIB: usize = 1 << 20;
@@ -78,6 +79,25 @@ pub(crate) fn find(kind: u16) -> impl Iterator<Item = Device> {
             }
         })
         .map(Device)
+}
+
+/// The transport to a device behind registers in memory.
+pub(crate) type Mmio = mmio::Mmio<RegisterWindow<'static>, Spin>;
+
+/// All devices of QEMU's microvm, which says on its command line for Linux that it has up to 24 places for them here. A
+/// legacy one is an error.
+pub(crate) fn windows() -> impl Iterator<Item = Result<Mmio, MmioError>> {
+    const FIRST: usize = 0xfeb0_0000;
+    const LEN: usize = 0x200;
+    let places = (0..24).filter_map(|place| NonNull::new((FIRST + place * LEN) as *mut u8));
+    places.enumerate().filter_map(|(place, start)| {
+        // SAFETY: `entry.s` maps it to itself, and whatever is there is no memory.
+        let registers = unsafe { RegisterWindow::new(start, LEN) };
+        match Mmio::new(registers, place as u64, Spin(u32::MAX)) {
+            Err(MmioError::Empty | MmioError::NotVirtio { .. }) => None,
+            device => Some(device),
+        }
+    })
 }
 
 impl Device {

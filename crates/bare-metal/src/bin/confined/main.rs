@@ -4,7 +4,8 @@
 //! To be read as an example of `ringfence-driver`: [`machine`] is all that a kernel has to bring along.
 //!
 //! Without an IOMMU addresses are physical. With one, a disk that does not offer VIRTIO_F_ACCESS_PLATFORM is refused, unless
-//! the command line has the word `allow`.
+//! the command line has the word `allow`. With the word `mmio` the devices are those behind registers in memory (QEMU's
+//! microvm, which has no PCI), at physical addresses.
 //!
 //! It does to the disk what Linux guests do in `init.sh` of `ringfence-guests`, and prints the same lines.
 
@@ -68,6 +69,9 @@ extern "C" fn guest() -> ! {
 type NoWay = ringfence_driver::pci::PciError;
 
 fn run() -> Result<(), Failure> {
+    if said("mmio") {
+        return run_without_pci();
+    }
     // Rings of the IOMMU itself, and of whatever is not behind one.
     let direct = Direct::new(machine::take(Pages::Own));
     let iommu = match machine::find(IOMMU).next() {
@@ -80,14 +84,14 @@ fn run() -> Result<(), Failure> {
     let data = machine::take(Pages::Data);
     // The endpoints take turns: one domain at a time, and the same memory for rings.
     for device in machine::find(RNG) {
-        behind(iommu, &direct, device, rings, &mut |host, _| random(device, host, data))?;
+        behind(iommu, &direct, device, rings, &mut |host, _| random(device.open()?, host, data))?;
     }
     for device in machine::find(NET) {
-        behind(iommu, &direct, device, rings, &mut |host, _| ask_the_router(device, host, data))?;
+        behind(iommu, &direct, device, rings, &mut |host, _| ask_the_router(device.open()?, host, data))?;
     }
     let device = machine::find(DISK).next().ok_or("no virtio disk on PCI")?;
     behind(iommu, &direct, device, rings, &mut |host, mapper| {
-        copy_about(device, host, data)?;
+        copy_about(device.open()?, host, data)?;
         if let Some(mapper) = mapper { overstep(device, mapper, data) } else { Ok(()) }
     })?;
     if let Some(iommu) = iommu {
@@ -101,6 +105,32 @@ fn run() -> Result<(), Failure> {
         tell("faults", faults);
     }
     Ok(())
+}
+
+/// The same devices behind registers in memory.
+fn run_without_pci() -> Result<(), Failure> {
+    let direct = Direct::new(machine::take(Pages::Own));
+    let data = machine::take(Pages::Data);
+    let (platform, policy) = (Platform::X86, DriverPolicy::New);
+    let host: Host<'_, dyn Mapper> = Host { platform, policy, physical: Some(&direct), translated: Some(&direct) };
+    let mut disks = 0;
+    for device in machine::windows() {
+        let device = device?;
+        match device.identity().device as u16 {
+            RNG => random(device, host, data)?,
+            NET => ask_the_router(device, host, data)?,
+            DISK => {
+                disks += 1;
+                copy_about(device, host, data)?;
+            }
+            _ => {}
+        }
+    }
+    if disks == 0 { Err("no virtio disk behind registers".into()) } else { Ok(()) }
+}
+
+fn said(word: &str) -> bool {
+    memory::command_line().any(|said| said == word.as_bytes())
 }
 
 type Test<'t, 'd> = &'t mut dyn FnMut(Host<'_, dyn Mapper + '_>, Option<&dyn Mapper>) -> Result<(), Failure>;
@@ -124,15 +154,19 @@ fn behind(
     let past_it =
         |device: u16| Allow { vendor: 0x1af4, device: device.into(), slot: None, addressing: Addressing::Physical };
     let all = [DISK, RNG, NET].map(past_it);
-    let allowed = if memory::command_line().any(|word| word == b"allow") { &all[..] } else { &[] };
+    let allowed = if said("allow") { &all[..] } else { &[] };
     let (platform, policy) = (Platform::X86Iommu, DriverPolicy::Refusing { allowed });
     test(Host { platform, policy, physical: Some(direct), translated: Some(&mapper) }, Some(&mapper))
 }
 
 /// Reads all of the disk, writes half, and reads all again.
-fn copy_about(device: Device, host: Host<'_, dyn Mapper + '_>, data: Buffer<'static>) -> Result<(), Failure> {
+fn copy_about<T: Transport<Error: 'static>>(
+    device: T,
+    host: Host<'_, dyn Mapper + '_>,
+    data: Buffer<'static>,
+) -> Result<(), Failure> {
     let options = blk::Options { depth: 32, segments: 8 };
-    let mut disk = Blk::start(device.open()?, host, options)?;
+    let mut disk = Blk::start(device, host, options)?;
     tell("features", Bits(disk.device().features()));
     tell("addresses", format_args!("{:?}", disk.device().addressing()));
     let status = disk.device_mut().transport_mut().status()?;
@@ -161,10 +195,16 @@ fn copy_about(device: Device, host: Host<'_, dyn Mapper + '_>, data: Buffer<'sta
     Ok(())
 }
 
-type Disk<'a> = Blk<'a, machine::Pci, dyn Mapper + 'a>;
+type Disk<'a, T> = Blk<'a, T, dyn Mapper + 'a>;
 
 /// Copies the MiB numbered `from` to the one numbered `to`, in pieces of `piece` bytes.
-fn copy(disk: &mut Disk<'_>, data: Buffer<'static>, from: u64, to: u64, piece: usize) -> Result<(), Failure> {
+fn copy<T: Transport<Error: 'static>>(
+    disk: &mut Disk<'_, T>,
+    data: Buffer<'static>,
+    from: u64,
+    to: u64,
+    piece: usize,
+) -> Result<(), Failure> {
     let data = [data.sub(0, piece)];
     for offset in (0..SECTORS_PER_MIB).step_by(piece / blk::SECTOR as usize) {
         disk.read(from * SECTORS_PER_MIB + offset, &data)?;
@@ -174,7 +214,12 @@ fn copy(disk: &mut Disk<'_>, data: Buffer<'static>, from: u64, to: u64, piece: u
 }
 
 /// SHA-256 of all of the disk's `mib` MiB, read in pieces of `piece` bytes.
-fn digest(disk: &mut Disk<'_>, data: Buffer<'static>, mib: u64, piece: usize) -> Result<Hex, Failure> {
+fn digest<T: Transport<Error: 'static>>(
+    disk: &mut Disk<'_, T>,
+    data: Buffer<'static>,
+    mib: u64,
+    piece: usize,
+) -> Result<Hex, Failure> {
     let data = data.sub(0, piece);
     let mut hasher = Sha256::new();
     let mut bytes = [0; 4096];
@@ -245,8 +290,12 @@ fn overstep(device: Device, mapper: &dyn Mapper, data: Buffer<'static>) -> Resul
 }
 
 /// Random bytes: some, and not all the same.
-fn random(device: Device, host: Host<'_, dyn Mapper + '_>, data: Buffer<'static>) -> Result<(), Failure> {
-    let mut rng = Rng::start(device.open()?, host)?;
+fn random<T: Transport<Error: 'static>>(
+    device: T,
+    host: Host<'_, dyn Mapper + '_>,
+    data: Buffer<'static>,
+) -> Result<(), Failure> {
+    let mut rng = Rng::start(device, host)?;
     let len = rng.fill(data.sub(0, 64))?;
     let mut bytes = [0; 64];
     data.memory().read(0, &mut bytes);
@@ -256,8 +305,12 @@ fn random(device: Device, host: Host<'_, dyn Mapper + '_>, data: Buffer<'static>
 }
 
 /// Asks who has 10.0.2.2, which is QEMU's user network's router, and prints its address.
-fn ask_the_router(device: Device, host: Host<'_, dyn Mapper + '_>, data: Buffer<'static>) -> Result<(), Failure> {
-    let mut card = Net::start(device.open()?, host, net::Options { depth: 16, segments: 1 })?;
+fn ask_the_router<T: Transport<Error: 'static>>(
+    device: T,
+    host: Host<'_, dyn Mapper + '_>,
+    data: Buffer<'static>,
+) -> Result<(), Failure> {
+    let mut card = Net::start(device, host, net::Options { depth: 16, segments: 1 })?;
     let mac = card.card().mac.unwrap_or([2, 0, 0, 0, 0, 1]);
     let mut packet = [0; 60];
     packet[..6].fill(0xff);
