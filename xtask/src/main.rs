@@ -10,12 +10,14 @@ mod bit33;
 mod browser;
 mod confined;
 mod fuzz;
+mod guest_speed;
 mod guests;
 mod instructions;
 mod no_std;
 mod old_driver;
 mod patience;
 mod report;
+mod static_program;
 mod steps;
 mod vfio;
 mod wrapped;
@@ -27,6 +29,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::fuzz::FuzzArgs;
+use crate::guest_speed::SpeedArgs;
 use crate::guests::GuestArgs;
 use crate::steps::{Run, Steps};
 
@@ -63,6 +66,9 @@ enum Task {
         /// How many pages each test stamps.
         #[arg(long, default_value_t = 4_000_000)]
         pages: u64,
+        /// Only the tests that have this in their name, such as any_ring.
+        #[arg(long, default_value = "")]
+        only: String,
     },
     /// Hostile guests, front-ends and back-ends under libFuzzer with AddressSanitizer, for as long as asked.
     ///
@@ -90,6 +96,11 @@ enum Task {
     },
     /// How many instructions a request costs, compared with what it did.
     Instructions,
+    /// A guest's disk behind an emulated intel-iommu: QEMU's own virtio-blk and `ringfence serve blk`, compared.
+    GuestSpeed {
+        #[command(flatten)]
+        speed: SpeedArgs,
+    },
     /// Checks that feature bit 33 is named in the policy crate alone.
     Bit33,
 }
@@ -136,13 +147,13 @@ fn perform(task: Task) -> Result<bool, String> {
             guests.cells()?;
             run(workspace, false, |steps| boots(workspace, steps, &guests))
         }
-        Task::Stress { pages } => run(workspace, false, |steps| {
+        Task::Stress { pages, only } => run(workspace, false, |steps| {
             let pages = pages.to_string();
-            steps.cargo(
-                "the fence under load",
-                &["test", "--release", "-p", "ringfence", "--test", "fence", "--", "--nocapture", "--test-threads=1"],
-                &[("RINGFENCE_STRESS_PAGES", &pages)],
-            )
+            let run =
+                ["test", "--release", "-p", "ringfence", "--test", "fence", "--", "--nocapture", "--test-threads=1"];
+            let only = (!only.is_empty()).then_some(only.as_str());
+            let arguments: Vec<_> = run.into_iter().chain(only).collect();
+            steps.cargo("the fence under load", &arguments, &[("RINGFENCE_STRESS_PAGES", &pages)])
         }),
         Task::Fuzz { fuzz } => run(workspace, false, |steps| fuzz::run(workspace, steps, &fuzz)),
         Task::NoStd => run(workspace, false, |steps| steps.step("no_std builds", |log| no_std::run(workspace, log))),
@@ -171,6 +182,10 @@ fn perform(task: Task) -> Result<bool, String> {
         Task::Instructions => {
             run(workspace, false, |steps| steps.step("instructions", |log| instructions::run(workspace, log)))
         }
+        Task::GuestSpeed { speed } => run(workspace, false, |steps| {
+            steps.cargo("the server", &["build", "--release", "-p", "ringfence"], &[])?;
+            steps.step("guest speed", |log| guest_speed::run(workspace, &speed, log))
+        }),
         Task::Bit33 => run(workspace, false, |steps| steps.step("bit 33", |_| bit33::run(workspace))),
     })
 }

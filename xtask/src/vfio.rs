@@ -2,7 +2,7 @@
 //! intel-iommu and behind virtio-iommu.
 
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use ringfence_guests::{Arch, Cache, Error, Guest, Image, ImageState, Initramfs, KernelSeries, Qemu, QemuSource};
@@ -10,12 +10,11 @@ use ringfence_policy::IommuMode;
 
 use crate::Workspace;
 use crate::patience::wait;
-use crate::steps::{Log, Pass, StepResult, cargo, say};
+use crate::static_program;
+use crate::steps::{Log, Pass, StepResult, say};
 
 /// The program: static, for there is nothing else in the guest.
 const NAME: &str = "ringfence-user-driver";
-
-const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 const MODULES: &[&str] = &["vfio_iommu_type1", "vfio_pci"];
 
@@ -74,34 +73,18 @@ const CELLS: &[Cell] = &[
     Cell { name: "virtio-iommu, packed", devices: PACKED, ..VIRTIO },
 ];
 
-fn folder(workspace: &Workspace) -> PathBuf {
-    workspace.target.join("static")
-}
-
 /// Builds the program.
 pub(crate) fn build(workspace: &Workspace, log: &mut Log) -> StepResult {
-    if !cfg!(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu")) {
-        return Ok(Pass::Skipped("it is built with the host's own tools, and those are not x86-64's".to_owned()));
+    match static_program::build(workspace, "ringfence-vfio", NAME, log)? {
+        Some(program) => Ok(Pass::Whole(program.display().to_string())),
+        None => Ok(Pass::Skipped(static_program::WHY_NOT.to_owned())),
     }
-    let mut command = cargo(&workspace.root);
-    command
-        .args(["build", "--release", "--locked", "-p", "ringfence-vfio", "--bin", NAME])
-        // With a target named, the flags are not for build scripts and macros.
-        .args(["--target", TARGET])
-        .env("RUSTFLAGS", "-C target-feature=+crt-static")
-        .env("CARGO_TARGET_DIR", folder(workspace));
-    log.run(&mut command)?;
-    Ok(Pass::Whole(program(workspace).display().to_string()))
-}
-
-fn program(workspace: &Workspace) -> PathBuf {
-    folder(workspace).join(TARGET).join("release").join(NAME)
 }
 
 /// Boots it with each IOMMU and kind of device.
 pub(crate) fn boot(workspace: &Workspace, no_skip: bool, log: &mut Log) -> StepResult {
     let progress = |line: &str| say(&format!("    {line}"));
-    let program = program(workspace);
+    let program = static_program::path(workspace, NAME);
     if !program.exists() {
         return Ok(Pass::Skipped(format!("there is no {}", program.display())));
     }

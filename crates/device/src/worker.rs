@@ -7,7 +7,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -38,8 +38,6 @@ const LOOKS: u32 = 32;
 #[derive(Debug)]
 pub struct Worker {
     control: Arc<Control>,
-    /// For how long storage is waited for when the queue stops.
-    patience: Duration,
     /// When it was told to.
     told: Option<Instant>,
     /// Gone once it has been waited for.
@@ -53,7 +51,8 @@ pub struct Control {
     sleeping: AtomicBool,
     news: AtomicBool,
     stop: AtomicBool,
-    hurry: AtomicBool,
+    /// For how long storage is waited for when the queue stops, in nanoseconds: [`Bells::patience`], or less by now.
+    patience: AtomicU64,
     end: Mutex<Option<End>>,
     /// Readable once the thread touches no memory any more.
     ended: OwnedFd,
@@ -100,7 +99,7 @@ impl Control {
             sleeping: AtomicBool::new(false),
             news: AtomicBool::new(false),
             stop: AtomicBool::new(false),
-            hurry: AtomicBool::new(false),
+            patience: AtomicU64::new(u64::MAX),
             end: Mutex::new(None),
             ended: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
             call: Mutex::new(call.map(Arc::new)),
@@ -128,6 +127,15 @@ impl Control {
         self.call.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Storage is waited for no longer than this: who knows that it hangs need not wait for it again.
+    fn shorten(&self, patience: Duration) {
+        self.patience.fetch_min(u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    fn patience(&self) -> Duration {
+        Duration::from_nanos(self.patience.load(Ordering::Relaxed))
+    }
+
     fn rouse(&self) {
         // Orders the flag set before this call before the look at `sleeping`; its twin in `nap` orders `sleeping`
         // before the look at the flags. One of the two sides sees the other.
@@ -148,7 +156,7 @@ impl Worker {
         M: Memory + Send + 'static,
         M::Lease: Send,
     {
-        let patience = bells.patience;
+        control.shorten(bells.patience);
         let thread = {
             let control = Arc::clone(&control);
             std::thread::Builder::new().name(name.to_owned()).stack_size(256 << 10).spawn(move || {
@@ -157,7 +165,7 @@ impl Worker {
                 serve(queue, &control, &bells);
             })?
         };
-        Ok(Self { control, patience, told: None, thread: Some(thread) })
+        Ok(Self { control, told: None, thread: Some(thread) })
     }
 
     /// How others reach the thread.
@@ -174,6 +182,11 @@ impl Worker {
         }
     }
 
+    /// Storage is known to hang: it is not waited for again when this queue stops.
+    pub fn expect_nothing(&self) {
+        self.control.shorten(Duration::ZERO);
+    }
+
     /// Stops the thread, and says where the queue was when it touched memory for the last time. `None`: it panicked,
     /// which is our own mistake; it has let go of everything, and what it knew is lost. Storage is waited for as long as
     /// [`Bells::patience`] says, and hardly at all once `hurry` is readable.
@@ -184,7 +197,7 @@ impl Worker {
         self.tell_stop();
         let told = *self.told.get_or_insert_with(Instant::now);
         let mut hurry = hurry;
-        let mut deadline = told + self.patience + GRACE + VISIT;
+        let mut deadline = told + self.control.patience() + GRACE + VISIT;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let timeout = Timespec::try_from(left).ok();
@@ -197,7 +210,7 @@ impl Worker {
             }
             if fds.get(1).is_some_and(|fd| !fd.revents().is_empty()) {
                 hurry = None;
-                self.control.hurry.store(true, Ordering::Relaxed);
+                self.control.shorten(HURRY);
                 deadline = deadline.min(Instant::now() + HURRY + GRACE + VISIT);
             } else if left.is_zero() {
                 return Err(Stuck);
@@ -244,7 +257,7 @@ fn serve<M: Memory>(mut queue: Queue<M>, control: &Control, bells: &Bells) {
             ring(error.as_fd());
         }
     }
-    let rests = drain(&mut queue, control, bells.patience) || give_up(&mut queue);
+    let rests = drain(&mut queue, control) || give_up(&mut queue);
     // A ring that can't be reached any more has been given up by its driver.
     if queue.flush() == Ok(true)
         && let Some(call) = control.call()
@@ -259,15 +272,14 @@ fn serve<M: Memory>(mut queue: Queue<M>, control: &Control, bells: &Bells) {
 }
 
 /// Brings everything to its end that is under way; `false` if that takes too long for whoever waits for it.
-fn drain<M: Memory>(queue: &mut Queue<M>, control: &Control, patience: Duration) -> bool {
+fn drain<M: Memory>(queue: &mut Queue<M>, control: &Control) -> bool {
     let mut stopping: Option<Instant> = None;
     queue.recall();
     while !queue.drain() {
-        if control.stop.load(Ordering::Relaxed) {
-            let patience = if control.hurry.load(Ordering::Relaxed) { patience.min(HURRY) } else { patience };
-            if stopping.get_or_insert_with(Instant::now).elapsed() >= patience {
-                return false;
-            }
+        if control.stop.load(Ordering::Relaxed)
+            && stopping.get_or_insert_with(Instant::now).elapsed() >= control.patience()
+        {
+            return false;
         }
         wait(queue, WAITING_NAP);
     }

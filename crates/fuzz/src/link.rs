@@ -268,7 +268,7 @@ pub(crate) fn hostile_answers(data: &[u8]) {
 
 fn answer_anything(stream: UnixStream, data: &[u8]) {
     let bytes = &mut Bytes::new(data);
-    let mut channel = Channel::new(OwnedFd::from(stream));
+    let mut channel = Channel::<Header>::new(OwnedFd::from(stream));
     let mut own: Option<OwnedFd> = None;
     let mut told = Told::default();
     loop {

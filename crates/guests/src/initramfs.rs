@@ -11,6 +11,7 @@ use crate::kernel::Kernel;
 use crate::modules::{self, Module};
 
 const INIT: &str = include_str!("init.sh");
+const SPEED: &str = include_str!("speed.sh");
 
 /// The driver of the disk, loaded last.
 const DISK_DRIVER: &str = "virtio_blk";
@@ -22,8 +23,27 @@ pub struct Initramfs(Vec<u8>);
 impl Initramfs {
     /// Packs `busybox`, the init script, and `modules` of `kernel` with all they need.
     pub fn build(kernel: &Kernel, busybox: &Path, modules: &[&str]) -> Result<Self, Error> {
+        Self::with_disk(kernel, busybox, INIT, &[], modules)
+    }
+
+    /// Packs `busybox`, a script that measures two disks, and `load`: `ringfence-guest-load`, built static.
+    ///
+    /// # Errors
+    ///
+    /// An error where something can't be read, or the kernel lacks a module.
+    pub fn of_speed(kernel: &Kernel, busybox: &Path, load: &Path) -> Result<Self, Error> {
+        Self::with_disk(kernel, busybox, SPEED, &[("bin/load", load)], &["virtio_pci"])
+    }
+
+    fn with_disk(
+        kernel: &Kernel,
+        busybox: &Path,
+        script: &str,
+        programs: &[(&str, &Path)],
+        modules: &[&str],
+    ) -> Result<Self, Error> {
         let wanted: Vec<_> = modules.iter().copied().chain([DISK_DRIVER]).collect();
-        Self::of_script(kernel, busybox, INIT, &wanted)
+        Self::scripted(kernel, busybox, script, programs, &wanted)
     }
 
     /// Packs `busybox`, a script for its shell that is the guest's only program, and `modules` of `kernel` with all they
@@ -33,9 +53,21 @@ impl Initramfs {
     ///
     /// An error where something can't be read, or the kernel lacks a module.
     pub fn of_script(kernel: &Kernel, busybox: &Path, script: &str, modules: &[&str]) -> Result<Self, Error> {
-        let busybox = fs::read(busybox).map_err(Error::file("cannot read", busybox))?;
-        let modules = modules::in_load_order(kernel, modules)?;
-        Ok(Self::pack(script.as_bytes(), Some(&busybox), &modules))
+        Self::scripted(kernel, busybox, script, &[], modules)
+    }
+
+    fn scripted(
+        kernel: &Kernel,
+        busybox: &Path,
+        script: &str,
+        programs: &[(&str, &Path)],
+        modules: &[&str],
+    ) -> Result<Self, Error> {
+        let mut files = Vec::new();
+        for &(name, path) in [("bin/busybox", busybox)].iter().chain(programs) {
+            files.push((name, fs::read(path).map_err(Error::file("cannot read", path))?));
+        }
+        Ok(Self::pack(script.as_bytes(), &files, &modules::in_load_order(kernel, modules)?))
     }
 
     /// Packs a static program that is the guest's only one, and `modules` of `kernel` with all they need: `/init`, and
@@ -46,17 +78,17 @@ impl Initramfs {
     /// An error where something can't be read, or the kernel lacks a module.
     pub fn of_program(kernel: &Kernel, program: &Path, modules: &[&str]) -> Result<Self, Error> {
         let program = fs::read(program).map_err(Error::file("cannot read", program))?;
-        Ok(Self::pack(&program, None, &modules::in_load_order(kernel, modules)?))
+        Ok(Self::pack(&program, &[], &modules::in_load_order(kernel, modules)?))
     }
 
-    fn pack(init: &[u8], busybox: Option<&[u8]>, modules: &[Module]) -> Self {
+    fn pack(init: &[u8], programs: &[(&str, Vec<u8>)], modules: &[Module]) -> Self {
         let mut archive = Archive::default();
         for folder in ["bin", "dev", "modules", "proc", "run", "sys"] {
             archive.folder(folder);
         }
         archive.file("init", 0o755, init);
-        if let Some(busybox) = busybox {
-            archive.file("bin/busybox", 0o755, busybox);
+        for (name, program) in programs {
+            archive.file(name, 0o755, program);
         }
         for (position, module) in modules.iter().enumerate() {
             archive.file(&format!("modules/{position:02}-{}.ko", module.name), 0o644, &module.object);

@@ -3,8 +3,8 @@
 //! Knows files that somebody else shares with us, where their bytes lie here, and by which two kinds of address the
 //! other side names them. Knows no translation, no messages and no rings.
 //!
-//! [`Regions`] is a front-end's memory table, [`SharedMemory`] is memory of our own that another process can map,
-//! [`FileMemory`] a file.
+//! [`Regions`] is a front-end's memory table, [`Files`] is what somebody has who is granted memory in many small parts,
+//! [`SharedMemory`] is memory of our own that another process can map, [`FileMemory`] a file.
 //!
 //! # What a hostile front-end may do
 //! It may describe anything: every number is checked before something is mapped. It keeps its file, and may shorten it
@@ -15,6 +15,7 @@
 //! whoever touches them wait: only its own queues do.
 
 mod file;
+mod files;
 mod mapping;
 mod region;
 mod regions;
@@ -22,6 +23,7 @@ mod shared;
 mod sigbus;
 
 pub use file::FileMemory;
+pub use files::{Files, MAX_FILES, Part};
 pub use mapping::MapError;
 pub use region::{Placement, Region};
 pub use regions::{MAX_REGIONS, Pieces, Regions};

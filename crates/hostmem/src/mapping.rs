@@ -61,7 +61,7 @@ pub enum MapError {
         other: Gpa,
     },
     /// More regions than are kept.
-    #[error("more than {max} memory regions")]
+    #[error("more than {max} memory regions, or files of memory")]
     TooMany {
         /// How many are kept.
         max: usize,
@@ -95,17 +95,34 @@ pub enum MapError {
     Kernel(#[from] Errno),
 }
 
+/// What a mapping is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Purpose {
+    /// Reading and writing.
+    ReadWrite,
+    /// Reading alone: whoever hands its slices out sees to it that nobody writes through them.
+    Read,
+}
+
 impl Mapping {
     /// Maps `len` bytes from `offset` of the file behind `fd`, which is not needed afterwards. `len` is not 0.
     pub(crate) fn new(fd: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Self, MapError> {
+        Self::with(fd, offset, len, Purpose::ReadWrite)
+    }
+
+    /// The same, for a purpose.
+    pub(crate) fn with(fd: BorrowedFd<'_>, offset: u64, len: usize, purpose: Purpose) -> Result<Self, MapError> {
         assert!(len > 0, "a mapping without a byte");
-        let page = check_file(fd, offset, len)?;
+        let page = check_file(fd, offset, len, purpose)?;
         // The kernel maps whole pages, huge ones where the file has them.
         let lead = offset % page;
         let mapped = (lead + len as u64).checked_next_multiple_of(page).and_then(|mapped| usize::try_from(mapped).ok());
         let mapped = mapped.filter(|&mapped| mapped <= isize::MAX as usize).ok_or(Errno::NOMEM)?;
         sigbus::install()?;
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let protection = match purpose {
+            Purpose::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
+            Purpose::Read => ProtFlags::READ,
+        };
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
         let base = unsafe { mmap(ptr::null_mut(), mapped, protection, flags, fd, offset - lead) };
@@ -125,8 +142,8 @@ impl Mapping {
     }
 
     pub(crate) fn slice(&self) -> HostSlice<'_> {
-        // SAFETY: mapped until `self` is dropped, which the slice borrows; never referenced. Pages that the file loses
-        // are replaced when they are touched, see `sigbus`.
+        // SAFETY: mapped until `self` is dropped, which the slice borrows; never referenced. Writable too, or nobody
+        // writes, see `Purpose`. Pages that the file loses are replaced when they are touched, see `sigbus`.
         unsafe { HostSlice::new(self.start, self.len) }
     }
 
@@ -152,9 +169,11 @@ impl Drop for Mapping {
 /// Looks at what can be known before mapping, so that the error says what is wrong. The file's page size in bytes.
 ///
 /// The front-end can change the file afterwards: nothing but the error depends on this. SIGBUS is what protects.
-fn check_file(fd: BorrowedFd<'_>, offset: u64, len: usize) -> Result<u64, MapError> {
-    if fcntl_getfl(fd)? & OFlags::RWMODE != OFlags::RDWR {
-        return Err(MapError::NotWritable);
+fn check_file(fd: BorrowedFd<'_>, offset: u64, len: usize, purpose: Purpose) -> Result<u64, MapError> {
+    match fcntl_getfl(fd)? & OFlags::RWMODE {
+        OFlags::RDWR => {}
+        OFlags::RDONLY if purpose == Purpose::Read => {}
+        _ => return Err(MapError::NotWritable),
     }
     let stat = fstat(fd)?;
     match FileType::from_raw_mode(stat.st_mode) {

@@ -27,6 +27,12 @@ pub trait Invalidate: Send + Sync {
     /// answers look-ups from another thread holds a lock of its own from the look-up until the answer is on its way,
     /// and takes the same lock here; else an old answer could overtake the invalidation.
     fn invalidate(&self, addr: BusAddr, len: u64);
+
+    /// The same for several ranges, each its first address and how many bytes. Whoever can say it all before he waits
+    /// does.
+    fn invalidate_all(&self, ranges: &[(BusAddr, u64)]) {
+        ranges.iter().for_each(|&(addr, len)| self.invalidate(addr, len));
+    }
 }
 
 /// The bus addresses that a domain hands out.
@@ -171,23 +177,40 @@ impl Domain {
     /// # Errors
     /// [`MapError::NotMapped`].
     pub fn unmap(&self, addr: BusAddr, len: u64) -> Result<(), MapError> {
-        let not_mapped = Err(MapError::NotMapped { addr });
-        let Some(last) = addr.last(len) else { return not_mapped };
+        self.unmap_all(&[(addr, len)])
+    }
+
+    /// Takes several mappings away, with one wait for all of them. See [`Domain::unmap`].
+    ///
+    /// # Errors
+    /// [`MapError::NotMapped`] for the first that is none; nothing was taken away then.
+    pub fn unmap_all(&self, ranges: &[(BusAddr, u64)]) -> Result<(), MapError> {
         let before = {
             let mut state = self.state.lock();
-            match state.mappings.get_mut(&addr.0) {
-                Some(entry) if entry.last == last.0 && entry.life == Life::Live => entry.life = Life::Dying,
-                _ => return not_mapped,
+            for (at, &(addr, len)) in ranges.iter().enumerate() {
+                let entry = state.mappings.get_mut(&addr.0);
+                match entry.filter(|entry| addr.last(len) == Some(BusAddr(entry.last)) && entry.life == Life::Live) {
+                    Some(entry) => entry.life = Life::Dying,
+                    None => {
+                        for (addr, _) in &ranges[..at] {
+                            state.mappings.get_mut(&addr.0).expect("found above").life = Life::Live;
+                        }
+                        return Err(MapError::NotMapped { addr });
+                    }
+                }
             }
             state.next_visit
         };
-        // From here on nobody finds the mapping, and nobody else gets its addresses.
+        // From here on nobody finds the mappings, and nobody else gets their addresses.
         if let Some(watcher) = &self.watcher {
-            watcher.invalidate(addr, len);
+            watcher.invalidate_all(ranges);
         }
-        let mut state = self.wait_until(|state| !state.is_used(addr.0, last.0, before));
-        state.mappings.remove(&addr.0);
-        state.unmapped += 1;
+        let used = |state: &State, &(addr, len): &(BusAddr, u64)| state.is_used(addr.0, addr.0 + (len - 1), before);
+        let mut state = self.wait_until(|state| !ranges.iter().any(|range| used(state, range)));
+        for (addr, _) in ranges {
+            state.mappings.remove(&addr.0);
+        }
+        state.unmapped += ranges.len() as u64;
         Ok(())
     }
 
@@ -553,6 +576,25 @@ mod tests {
         assert_eq!(*watcher.seen.lock(), [(addr, PAGE)]);
         assert_eq!(domain.map(Gpa(0), PAGE, ReadOnly), Ok(addr));
         watcher.domain.lock().take();
+    }
+
+    #[test]
+    fn several_go_at_once_or_none() {
+        let domain = Domain::default();
+        let [a, b, c] = [0, 1, 2].map(|page| domain.map(Gpa(page * PAGE), PAGE, ReadOnly).unwrap());
+        let elsewhere = BusAddr(a.0 + (1 << 20));
+        for (wrong, at) in [
+            ([(a, PAGE), (b, PAGE), (elsewhere, PAGE)], elsewhere),
+            ([(a, PAGE), (b, 2 * PAGE), (c, PAGE)], b),
+            ([(a, PAGE), (b, PAGE), (a, PAGE)], a),
+            ([(a, PAGE), (b, 0), (c, PAGE)], b),
+        ] {
+            assert_eq!(domain.unmap_all(&wrong), Err(MapError::NotMapped { addr: at }), "{wrong:?}");
+            assert!([a, b, c].iter().all(|&addr| domain.lookup(addr).is_some()), "{wrong:?}");
+        }
+        assert_eq!(domain.unmap_all(&[(c, PAGE), (a, PAGE)]), Ok(()));
+        assert_eq!((domain.mapped(), domain.unmapped()), (1, 2));
+        assert!(domain.lookup(b).is_some());
     }
 
     #[test]

@@ -37,6 +37,7 @@
 //! least, for which each lookup would have to write, and nothing that a guest can foresee.
 
 mod fence;
+mod foretold;
 mod index;
 mod iotlb;
 mod lease;

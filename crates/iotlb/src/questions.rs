@@ -5,6 +5,7 @@
 //! handed to `Ask::ask`, whether or not that is still open. A reply comes over one socket and the UPDATE over another,
 //! so that either may be seen first.
 
+use crate::foretold::{Foretold, page};
 use crate::iotlb::{Question, Replies};
 use ringfence_dma::{Access, BusAddr, FaultReason, Miss, Permission, Ticket};
 use std::collections::{BTreeMap, VecDeque};
@@ -21,10 +22,6 @@ pub const REFUSALS: usize = 1 << 12;
 const PATIENCE: Duration = Duration::from_millis(50);
 /// How often in a row, before it counts as refused.
 const ATTEMPTS: u32 = 64;
-/// The smallest page anybody translates by.
-const PAGE: u64 = 4096;
-/// The largest size of UPDATE from which the next is foretold.
-const LARGEST_GRANULE: u64 = 1 << 30;
 
 /// What a miss comes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,8 +54,8 @@ pub(crate) struct Questions {
     number: u64,
     /// How many questions were closed otherwise than by a translation: their waiters have to look more than quickly.
     verdicts: u64,
-    /// How much one answer is expected to cover: a power of two.
-    granule: u64,
+    /// How much one answer is expected to cover.
+    foretold: Foretold,
     /// By access and page.
     open: [BTreeMap<u64, Open>; 2],
     /// Passed on, oldest first. Those that were resolved stay until their reply has come.
@@ -71,6 +68,8 @@ pub(crate) struct Questions {
 struct Open {
     /// The byte that was wanted.
     at: u64,
+    /// What its answer is expected to bring besides, from the first to the last address: others wait for that.
+    expected: (u64, u64),
     number: u64,
     state: State,
     /// Granted in a row without an UPDATE.
@@ -109,7 +108,7 @@ impl Questions {
             replies,
             number: 1,
             verdicts: 0,
-            granule: PAGE,
+            foretold: Foretold::new(),
             open: Default::default(),
             unanswered: VecDeque::new(),
             refusals: Default::default(),
@@ -131,13 +130,9 @@ impl Questions {
         if let Some(reason) = self.refusal(addr.0, access, ticket) {
             return Verdict::Refused(reason);
         }
-        let granule = self.granule - 1;
-        let miss = Miss { ticket, covers: (addr.0 | granule) - addr.0 + 1 };
-        let about = self.open[of(access)].range_mut(page(addr.0 & !granule)..=page(addr.0 | granule)).next();
-        let (question, retry) = match about.map(|(&page, open)| (page, open)) {
+        let (question, retry) = match self.about(addr.0, access) {
             None => (self.write_down(addr.0, access, 0), None),
-            Some((_, Open { state: State::Granted { until }, at, attempts, number })) => {
-                let (until, at, attempts, number) = (*until, *at, *attempts, *number);
+            Some(&Open { state: State::Granted { until }, at, attempts, number, .. }) => {
                 if now() < until {
                     (None, Some(until))
                 } else if attempts < ATTEMPTS {
@@ -155,13 +150,17 @@ impl Questions {
             }
             Some(_) => (None, None),
         };
-        let asked = question.is_some() || self.is_pending(addr.0 & !granule, addr.0 | granule, access);
-        let covers = if asked { miss.covers } else { Miss::NOTHING_ASKED };
-        Verdict::Wait { miss: Miss { covers, ..miss }, question, retry }
+        let covers = match self.about(addr.0, access) {
+            Some(open) => open.expected.1.max(addr.0) - addr.0 + 1,
+            None => Miss::NOTHING_ASKED,
+        };
+        Verdict::Wait { miss: Miss { ticket, covers }, question, retry }
     }
 
-    fn is_pending(&self, first: u64, last: u64, access: Access) -> bool {
-        self.open[of(access)].range(page(first)..=page(last)).next().is_some()
+    /// The open question whose answer is expected to bring `addr`, if there is one.
+    fn about(&self, addr: u64, access: Access) -> Option<&Open> {
+        let near = self.open[of(access)].range(self.foretold.questions(addr));
+        near.map(|(_, open)| open).rfind(|open| open.expected.0 <= addr && addr <= open.expected.1)
     }
 
     fn refusal(&self, addr: u64, access: Access, ticket: Ticket) -> Option<FaultReason> {
@@ -185,7 +184,8 @@ impl Questions {
         }
         let handle = Handle { access, page: page(at), number: self.number };
         self.number += 1;
-        let open = Open { at, number: handle.number, state: State::Written, attempts };
+        let expected = self.foretold.answer(at);
+        let open = Open { at, expected, number: handle.number, state: State::Written, attempts };
         self.open[of(access)].insert(handle.page, open);
         Some(handle)
     }
@@ -217,6 +217,7 @@ impl Questions {
     /// An UPDATE is in the table.
     pub(crate) fn updated(&mut self, first: u64, last: u64, permission: Permission) -> News {
         let mut news = News::None;
+        let mut learned = false;
         for access in [Access::Read, Access::Write] {
             let pages = page(first)..=page(last);
             if !self.refusals[of(access)].is_empty() {
@@ -235,7 +236,15 @@ impl Questions {
                 .collect();
             for page in about {
                 news = News::Some;
-                self.granule = granule(first, last);
+                let Some(&Open { at, expected, .. }) = self.open[of(access)].get(&page) else { continue };
+                if !std::mem::replace(&mut learned, true) {
+                    // The first of them: those behind it are answered by the way.
+                    self.foretold.learn(at, first, last);
+                }
+                if expected.0 < first || last < expected.1 {
+                    // Whoever waits for the rest of what was expected has to ask for it.
+                    self.verdicts += 1;
+                }
                 if permission.allows(access) {
                     self.open[of(access)].remove(&page);
                 } else {
@@ -324,21 +333,10 @@ impl Questions {
     }
 }
 
-fn page(addr: u64) -> u64 {
-    addr & !(PAGE - 1)
-}
-
-/// What an answer tells about the size of the next.
-fn granule(first: u64, last: u64) -> u64 {
-    match (last - first).checked_add(1) {
-        Some(len) if len.is_power_of_two() && first.is_multiple_of(len) => len.clamp(PAGE, LARGEST_GRANULE),
-        _ => PAGE,
-    }
-}
-
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+    use crate::foretold::PAGE;
     use Access::{Read, Write};
     use Permission::{ReadOnly, ReadWrite, WriteOnly};
 
@@ -603,16 +601,39 @@ mod tests {
         let _ = script.update(0x800_0000_0556_0000, 0x800_0000_0556_0fff, ReadWrite);
         assert_eq!(script.look(0x800_0000_0500_0000, Read, Some(miss.ticket)).unwrap().covers, 0x1000);
         assert_eq!(script.asked(), 1);
-        // Odd sizes foretell nothing.
-        for (first, last, expected) in [
-            (0, u64::MAX, PAGE),
-            (0x1000, 0x2fff, PAGE),
-            (0, 0, PAGE),
-            (0x2000, 0x3fff, 0x2000),
-            (0, (1 << 40) - 1, 1 << 30),
-        ] {
-            assert_eq!(granule(first, last), expected);
+    }
+
+    /// A front-end that answers with whole mappings, wherever they start, is asked once for each.
+    #[test]
+    fn a_whole_mapping_is_asked_for_once() {
+        let mut script = Script::new(Replies::Each);
+        let mapping = |number: u64| (0x1000 + number * 0x1_1000, 0x1_0fff + number * 0x1_1000);
+        let ask_for_all = |script: &mut Script, (first, last): (u64, u64)| {
+            let mut at = first;
+            while at <= last {
+                at += script.look(at, Write, None).unwrap().covers;
+            }
+            script.asked()
+        };
+        for number in 0..8 {
+            assert_eq!(ask_for_all(&mut script, mapping(number)), 16, "mapping {number}");
+            let (first, last) = mapping(number);
+            for _ in 0..16 {
+                let _ = script.update(first, last, WriteOnly);
+                let _ = script.reply(true);
+            }
         }
+        let (first, last) = mapping(8);
+        assert_eq!(ask_for_all(&mut script, (first, last)), 1);
+        // Somebody waits in its middle, and the answer does not reach him: he is told, and asks.
+        let waits = script.look(first + 0x8000, Write, None).unwrap();
+        assert_eq!((waits.covers, script.asked()), (0x8000, 0));
+        let verdicts = script.questions.verdicts();
+        let _ = script.update(first, first + 0xfff, WriteOnly);
+        assert!(script.questions.verdicts() > verdicts);
+        assert_eq!(script.look(first + 0x8000, Write, Some(waits.ticket)).unwrap().covers, 0x1000);
+        assert_eq!(script.asked(), 1);
+        assert_eq!(ask_for_all(&mut script, (last + 0x1001, last + 0x1_1000)), 16, "believed at once");
     }
 
     #[test]

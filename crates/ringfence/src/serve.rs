@@ -1,4 +1,4 @@
-//! `ringfence serve`: one device, one socket.
+//! `ringfence serve`: one device, one socket, by one of two transports.
 
 use crate::log;
 use anyhow::Context;
@@ -7,6 +7,7 @@ use ringfence_device::Device;
 use ringfence_device::blk::{self, Blk};
 use ringfence_device::storage::{self, Format};
 use ringfence_policy::IommuMode;
+use ringfence_vfio_user::server as vfio_user;
 use ringfence_vhost_user::server::{Keep, Options, Server};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -40,6 +41,13 @@ impl Serve {
 /// What every served device is told.
 #[derive(Args)]
 pub(crate) struct Common {
+    /// How the VMM reaches the device
+    ///
+    /// vhost-user: the VMM has the PCI function, and this process the queues; the VMM hands over all of the guest's memory.
+    /// vfio-user: this process is the whole PCI function, as a card on a bus is, and has what DMA_MAP grants it.
+    #[arg(long, value_enum, default_value_t)]
+    transport: Transport,
+
     /// Listen on this Unix socket for one front-end (VMM) after the other
     ///
     /// A socket that a dead process left behind is replaced, one that somebody listens on is not. Removed at the end.
@@ -91,6 +99,16 @@ pub(crate) struct Common {
     pub(crate) print_capabilities: bool,
 }
 
+/// How a VMM reaches a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Transport {
+    /// Queues, of a function that is the VMM's
+    #[default]
+    VhostUser,
+    /// A whole PCI function
+    VfioUser,
+}
+
 /// For how long a disk's queue looks for more work.
 const POLL: Duration = Duration::from_micros(50);
 
@@ -131,15 +149,19 @@ impl Common {
         open: impl FnMut() -> io::Result<Arc<dyn Device>>,
     ) -> anyhow::Result<ExitCode> {
         let end = end_of_process().context("can't wait for SIGTERM and SIGINT")?;
-        let options = Options {
-            iommu: self.iommu,
-            keep: self.iotlb,
-            queue_size,
-            poll: self.poll.map_or(poll, Duration::from_micros),
-            io_timeout: Duration::from_secs_f64(self.io_timeout),
-        };
+        let poll = self.poll.map_or(poll, Duration::from_micros);
+        let (iommu, io_timeout) = (self.iommu, Duration::from_secs_f64(self.io_timeout));
         end_in_any_case(end.try_clone()?, self.socket)?;
-        server.run_each(name, open, options, end.as_fd())?;
+        match self.transport {
+            Transport::VhostUser => {
+                let options = Options { iommu, keep: self.iotlb, queue_size, poll, io_timeout };
+                server.run_each(name, open, options, end.as_fd())?;
+            }
+            Transport::VfioUser => {
+                let options = vfio_user::Options { iommu, queue_size, poll, io_timeout };
+                vfio_user::run(server, name, open, options, end.as_fd())?;
+            }
+        }
         Ok(ExitCode::SUCCESS)
     }
 

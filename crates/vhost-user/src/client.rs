@@ -13,7 +13,7 @@ mod domain;
 mod iotlb;
 mod transport;
 
-pub use domain::Pages;
+pub use domain::{Lent, Pages};
 pub use iotlb::{Counters, Translation, Translator};
 pub use transport::{Attachment, FrontendTransport, TransportError};
 
@@ -44,6 +44,9 @@ const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
 /// The most bytes of configuration in one message: libvhost-user, and with it most back-ends, takes no more.
 const CONFIG_PART: usize = 256;
 
+/// The most translations that are given or taken away in one go: both sides' sockets hold that much and the answers.
+const AT_ONCE: usize = 128;
+
 /// A request whose descriptors somebody else owns.
 type Ask<'f> = Request<BorrowedFd<'f>>;
 
@@ -58,11 +61,19 @@ pub struct Options {
     /// How long a miss waits before it is answered, each counted from its arrival: they wait side by side, as they do
     /// behind a slow VMM. Zero answers at once.
     pub miss_delay: Duration,
+    /// The most that one translation out of a domain covers, see [`Frontend::serve_domain`]: a power of two, of bytes, not
+    /// below 4096, which is what VMMs have on x86 and arm64.
+    pub granule: u64,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { protocol: PROTOCOL_FEATURES, timeout: Duration::from_secs(10), miss_delay: Duration::ZERO }
+        Self {
+            protocol: PROTOCOL_FEATURES,
+            timeout: Duration::from_secs(10),
+            miss_delay: Duration::ZERO,
+            granule: 4096,
+        }
     }
 }
 
@@ -448,12 +459,30 @@ impl Frontend {
     /// # Errors
     /// As [`Frontend::invalidate`]; `change` was not called.
     pub fn invalidate_then(&self, range: Invalidated, change: impl FnOnce()) -> Result<(), ClientError> {
+        self.invalidate_each(&[range], change)
+    }
+
+    /// As [`Frontend::invalidate`], for several: they go out together, and one wait is for all of them.
+    ///
+    /// # Errors
+    /// As [`Frontend::invalidate`], of any of them.
+    pub fn invalidate_all(&self, ranges: &[Invalidated]) -> Result<(), ClientError> {
+        ranges.chunks(AT_ONCE).try_for_each(|ranges| self.invalidate_each(ranges, || {}))
+    }
+
+    fn invalidate_each(&self, ranges: &[Invalidated], change: impl FnOnce()) -> Result<(), ClientError> {
         self.shared.require(ProtocolFeatures::REPLY_ACK, "REPLY_ACK")?;
-        self.shared.counts.invalidated();
-        let request = Ask::IotlbMsg(Iotlb::Invalidate(range));
+        let mut requests = Frame { bytes: Vec::new(), fds: Vec::new() };
+        for &range in ranges {
+            self.shared.counts.invalidated();
+            let request = Ask::IotlbMsg(Iotlb::Invalidate(range));
+            requests.bytes.extend_from_slice(&request.encode(NeedReply::Yes).bytes);
+        }
         let mut wire = self.shared.wire();
-        wire.send(request.code(), &request.encode(NeedReply::Yes))?;
-        wire.acknowledged(request.code())?;
+        wire.send(FrontendCode::IotlbMsg, &requests)?;
+        // All the answers are taken in, or the next question would be answered by what is left.
+        let answers: Vec<_> = ranges.iter().map(|_| wire.acknowledged(FrontendCode::IotlbMsg)).collect();
+        answers.into_iter().collect::<Result<(), _>>()?;
         change();
         Ok(())
     }

@@ -3,9 +3,9 @@
 use crate::channel::{Channel, ChannelError, Message, Received, Sender};
 use crate::faults::Limit;
 use crate::session::{Session, SessionError, Severity};
-use crate::wire::{BackendCode, BackendRequest, NeedReply, Reply, Request, WireError};
+use crate::wire::{BackendCode, BackendRequest, Frame, FrontendCode, NeedReply, Reply, Request, WireError};
 use ringfence_device::Device;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use std::fmt::Display;
@@ -250,8 +250,13 @@ fn connection(stream: UnixStream, device: &Arc<dyn Device>, options: Options, en
         Ok(end) => session.hurry_on(end),
         Err(error) => tracing::warn!("storage that does not answer will delay the end of this process: {error}"),
     }
-    let mut connection =
-        Connection { session, frontend: Channel::new(stream.into()), backend: None, complaints: Limit::new() };
+    let mut connection = Connection {
+        session,
+        frontend: Channel::new(stream.into()),
+        replies: Vec::new(),
+        backend: None,
+        complaints: Limit::new(),
+    };
     // A bug of ours ends the connection it was met on, and the next front-end is served.
     let ended = std::panic::catch_unwind(AssertUnwindSafe(|| connection.run(end))).unwrap_or(Err(Lost::Panicked));
     let counted = connection.session.counted();
@@ -287,6 +292,8 @@ enum Read {
 struct Connection {
     session: Session,
     frontend: Channel,
+    /// What was not yet said to it: acknowledgements of translations that came together go together.
+    replies: Vec<u8>,
     /// Answers to what we asked on the back-end channel.
     backend: Option<Channel>,
     /// For what the front-end does wrong and goes on doing.
@@ -299,7 +306,8 @@ impl Connection {
             let mut fds =
                 vec![PollFd::from_borrowed_fd(end, PollFlags::IN), PollFd::new(&self.frontend, PollFlags::IN)];
             fds.extend(self.backend.as_ref().map(|backend| PollFd::new(backend, PollFlags::IN)));
-            match poll(&mut fds, None) {
+            let look = self.frontend.holds_message().then(Timespec::default);
+            match poll(&mut fds, look.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -330,6 +338,10 @@ impl Connection {
     }
 
     fn request(&mut self, Message { header, body, fds }: Message) -> Result<(), Lost> {
+        if header.request != FrontendCode::IotlbMsg.number() {
+            // What it asks may take a while.
+            self.say()?;
+        }
         let result = match Request::parse(&header, &body, fds) {
             Ok(Request::SetBackendReqFd(fd)) => self.open_channel(fd).map(|()| None),
             Ok(request) => {
@@ -347,7 +359,10 @@ impl Connection {
             Err(_) => acknowledge.then(|| Reply::U64(1).encode(header.request)),
         };
         if let Some(reply) = reply {
-            self.frontend.send(&reply)?;
+            self.replies.extend_from_slice(&reply.bytes);
+        }
+        if !self.frontend.holds_message() {
+            self.say()?;
         }
         match result {
             Ok(_) => Ok(()),
@@ -362,6 +377,12 @@ impl Connection {
             }
             Err(lost) => Err(lost),
         }
+    }
+
+    /// Sends what there is to say.
+    fn say(&mut self) -> Result<(), Lost> {
+        let bytes = std::mem::take(&mut self.replies);
+        Ok(self.frontend.send(&Frame { bytes, fds: Vec::new() })?)
     }
 
     fn open_channel(&mut self, fd: OwnedFd) -> Result<(), Lost> {

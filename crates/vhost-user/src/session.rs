@@ -42,6 +42,16 @@ pub(crate) fn format_of(features: u64) -> Format {
     if features & bits::RING_PACKED == 0 { Format::Split } else { Format::Packed }
 }
 
+/// What a driver that took `features` and its device keep to in their rings.
+pub fn rules_of(features: u64) -> Rules {
+    let has = |bit: u64| features & bit != 0;
+    Rules {
+        format: format_of(features),
+        notifications: if has(bits::EVENT_IDX) { Notifications::EventIdx } else { Notifications::Flags },
+        indirect: if has(bits::INDIRECT_DESC) { Indirect::Allowed } else { Indirect::Refused },
+    }
+}
+
 /// What of vhost-user itself is offered. Inflight tracking is not: requests that are under way end before a queue stops.
 const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::REPLY_ACK)
@@ -93,6 +103,9 @@ pub struct Session {
     status: u8,
     /// Becomes readable when nobody has time any more.
     hurry: Option<OwnedFd>,
+    /// A queue had to stop without its storage, and none has started since: a front-end that stops one queue after the
+    /// other waits for that once.
+    storage_hangs: bool,
     /// Accesses that were not let through.
     faults: Arc<AtomicU64>,
     /// What was counted by translation caches that are gone, and by this session itself.
@@ -261,6 +274,7 @@ impl Session {
             vrings,
             status: 0,
             hurry: None,
+            storage_hangs: false,
             faults: Arc::default(),
             past: Counted::default(),
         }
@@ -499,6 +513,10 @@ impl Session {
 
     /// Stops a queue where it is. When this returns it touches no memory any more.
     fn pause(&mut self, index: usize) {
+        if self.storage_hangs {
+            self.vrings[index].expect_nothing();
+        }
+        let began = Instant::now();
         let hurry = self.hurry.as_ref().map(AsFd::as_fd);
         if self.vrings[index].pause(hurry).is_err() {
             self.take_memory_away();
@@ -507,6 +525,7 @@ impl Session {
                 self.vrings[index].leave();
             }
         }
+        self.storage_hangs |= began.elapsed() >= self.options.io_timeout;
     }
 
     /// Waits until no byte moves any more on the strength of what was taken away.
@@ -755,16 +774,11 @@ impl Session {
             return Err(SessionError::NoChannel);
         }
         let layout = vring::layout(vring.size(), self.bus_addresses(negotiated.addressing, &addresses)?);
-        let has = |bit: u64| negotiated.features & bit != 0;
         let with = Start {
             index: index as u16,
             device: &self.device,
             features: negotiated.features,
-            rules: Rules {
-                format: format_of(negotiated.features),
-                notifications: if has(bits::EVENT_IDX) { Notifications::EventIdx } else { Notifications::Flags },
-                indirect: if has(bits::INDIRECT_DESC) { Indirect::Allowed } else { Indirect::Refused },
-            },
+            rules: rules_of(negotiated.features),
             layout,
             iotlb,
             backend: &self.backend,
@@ -780,6 +794,7 @@ impl Session {
             );
         }
         self.vrings[index].start(&with).map_err(|error| SessionError::Start { index, error })?;
+        self.storage_hangs = false;
         Ok(None)
     }
 

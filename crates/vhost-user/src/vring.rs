@@ -187,6 +187,13 @@ impl Vring {
         }
     }
 
+    /// Storage is known to hang. See [`Vring::pause`].
+    pub(crate) fn expect_nothing(&self) {
+        if let Some(worker) = &self.worker {
+            worker.expect_nothing();
+        }
+    }
+
     /// Stops the queue where it is, and returns when it touches no memory any more; it can go on from there.
     ///
     /// # Errors

@@ -9,10 +9,15 @@ use ringfence_driver::mapper::{Direct, Premapped};
 use ringfence_iommu::Strict;
 use ringfence_policy::{Addressing, IommuMode};
 use ringfence_vhost_user::client;
+use ringfence_vhost_user::wire::{FrontendCode, Invalidated, Iotlb, NeedReply, ProtocolFeatures, Request as Message};
 use served::{BUFFERS, Driver, Frontend, PAGE, RINGS, Served};
-use std::io::Write;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
+
+type Ask = Message<OwnedFd>;
 
 /// Invariant 3, on the device's side: a driver that does not take the flag gets no ring where it is required, the next
 /// one is served, and one that takes it is translated.
@@ -32,6 +37,38 @@ fn require_refuses_an_old_driver_and_serves_the_next() {
         assert_eq!(disk.device().addressing(), Addressing::Translated);
         disk.write(0, &[frontend.buffer((BUFFERS.0, PAGE))]).unwrap();
     }
+}
+
+/// More messages at once than are read at a time, or taken in at a time: each gets its answer, in order, and nobody
+/// sleeps over those that were read and not looked at.
+#[test]
+fn messages_that_come_at_once_are_answered_in_order() {
+    let served = Served::start(IommuMode::Offer);
+    let mut stream = UnixStream::connect(&served.socket).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let taken = Ask::SetProtocolFeatures(ProtocolFeatures::REPLY_ACK).encode(NeedReply::No).bytes;
+    // Without the flag there are no translations: a mistake of one message each.
+    let invalidate = Ask::IotlbMsg(Iotlb::Invalidate(Invalidated::Everything)).encode(NeedReply::Yes).bytes;
+    let question = Ask::GetQueueNum.encode(NeedReply::No).bytes;
+    const RUN: usize = 1500;
+    let rounds = 3;
+    let round = [invalidate.repeat(RUN), question].concat();
+    let writer = std::thread::spawn({
+        let mut stream = stream.try_clone().unwrap();
+        move || stream.write_all(&[taken, round.repeat(rounds)].concat()).unwrap()
+    });
+    for number in 0..rounds * (RUN + 1) {
+        let mut reply = [0; 20];
+        stream.read_exact(&mut reply).unwrap_or_else(|error| panic!("reply {number}: {error}"));
+        let code = u32::from_ne_bytes(reply[..4].try_into().unwrap());
+        let (expected, value) = match number % (RUN + 1) {
+            RUN => (FrontendCode::GetQueueNum, 1),
+            _ => (FrontendCode::IotlbMsg, 1),
+        };
+        assert_eq!(code, expected.number(), "reply {number}");
+        assert_eq!(u64::from_ne_bytes(reply[12..].try_into().unwrap()), value, "reply {number}");
+    }
+    writer.join().unwrap();
 }
 
 /// Invariant 3, on the data path: once the flag is taken a physical address reaches nothing, though the server has all

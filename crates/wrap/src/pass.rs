@@ -14,7 +14,7 @@ use ringfence_vhost_user::server::Ended;
 use ringfence_vhost_user::wire::{
     F_PROTOCOL_FEATURES, Frame, FrontendCode, Header, NeedReply, ProtocolFeatures, Reply, Request, VringAddr, WireError,
 };
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -113,7 +113,8 @@ impl Relay {
                 PollFd::new(&self.frontend, PollFlags::IN),
                 PollFd::new(&self.backend, PollFlags::IN),
             ];
-            match poll(&mut fds, None) {
+            let held = self.frontend.holds_message() || self.backend.holds_message();
+            match poll(&mut fds, held.then(Timespec::default).as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }

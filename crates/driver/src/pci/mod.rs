@@ -8,6 +8,7 @@
 //! ([`PciError::LegacyOnly`]): the legacy interface can't say that it respects an IOMMU, nor can its driver say so.
 
 mod capabilities;
+pub mod common;
 mod function;
 
 pub use capabilities::{Structure, Unusable};
@@ -18,35 +19,10 @@ use crate::registers::{self, Registers, Wait, Waiting};
 use crate::{DeviceStatus, Transport};
 use alloc::vec::Vec;
 use capabilities::Found;
+use common::NO_VECTOR;
 use core::fmt;
 use ringfence_ring::Layout;
 use virtio_spec::F;
-
-/// `virtio_pci_common_cfg` (§4.1.4.3).
-mod common {
-    pub(super) const DEVICE_FEATURE_SELECT: usize = 0x00;
-    pub(super) const DEVICE_FEATURE: usize = 0x04;
-    pub(super) const DRIVER_FEATURE_SELECT: usize = 0x08;
-    pub(super) const DRIVER_FEATURE: usize = 0x0c;
-    pub(super) const CONFIG_MSIX_VECTOR: usize = 0x10;
-    pub(super) const NUM_QUEUES: usize = 0x12;
-    pub(super) const DEVICE_STATUS: usize = 0x14;
-    pub(super) const CONFIG_GENERATION: usize = 0x15;
-    pub(super) const QUEUE_SELECT: usize = 0x16;
-    pub(super) const QUEUE_SIZE: usize = 0x18;
-    pub(super) const QUEUE_MSIX_VECTOR: usize = 0x1a;
-    pub(super) const QUEUE_ENABLE: usize = 0x1c;
-    pub(super) const QUEUE_NOTIFY_OFF: usize = 0x1e;
-    pub(super) const QUEUE_DESC: usize = 0x20;
-    pub(super) const QUEUE_DRIVER: usize = 0x28;
-    pub(super) const QUEUE_DEVICE: usize = 0x30;
-    pub(super) const QUEUE_RESET: usize = 0x3a;
-    /// Where the field above ends, which older devices lack.
-    pub(super) const WITH_QUEUE_RESET: usize = 0x3c;
-}
-
-/// VIRTIO_MSI_NO_VECTOR (§4.1.4.3).
-const NO_VECTOR: u16 = 0xffff;
 
 /// A virtio device on PCI.
 #[derive(Debug)]

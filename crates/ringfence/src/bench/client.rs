@@ -9,12 +9,12 @@ use anyhow::{Context, bail, ensure};
 use indicatif::ProgressBar;
 use ringfence_dma::{Buffer, FrontendVa, Gpa, Mapper};
 use ringfence_driver::blk::{Blk, Options, SECTOR};
-use ringfence_driver::mapper::{Bounce, Direct, Premapped};
+use ringfence_driver::mapper::{Bounce, Direct, Paged, Premapped};
 use ringfence_driver::policy::{DriverPolicy, Identity, Platform, driver_takes};
 use ringfence_driver::{Host, StartError};
 use ringfence_hostmem::{Placement, SharedMemory};
 use ringfence_iommu::{Domain, Strict, Window};
-use ringfence_vhost_user::client::{self, Attachment, Counters, Frontend, FrontendTransport};
+use ringfence_vhost_user::client::{self, Attachment, Counters, Frontend, FrontendTransport, Lent};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -94,8 +94,11 @@ impl<'j> Client<'j> {
         let memory = SharedMemory::new(places.len).context("can't make memory for the back-end to see")?;
         memory.seal_length()?;
         let base = FrontendVa(memory.slice(0, places.len).as_ptr() as u64);
-        let options =
-            client::Options { miss_delay: Duration::from_micros(shape.miss_delay), ..client::Options::default() };
+        let options = client::Options {
+            miss_delay: Duration::from_micros(shape.miss_delay),
+            granule: shape.granule,
+            ..client::Options::default()
+        };
         let frontend = Arc::new(Frontend::connect(&job.socket, options)?);
         let placement = Placement { gpa: Gpa(0), frontend_va: base, size: places.len as u64, offset: 0 };
         frontend.set_memory(&[(placement, memory.as_fd())])?;
@@ -112,23 +115,33 @@ impl<'j> Client<'j> {
 
     fn run(&self, watch: &Watch<'_>) -> anyhow::Result<Option<Outcome>> {
         let rings = self.buffer(self.places.rings);
-        let Some(domain) = &self.domain else { return self.drive(&Direct::new(rings), watch) };
+        let Some(domain) = &self.domain else { return self.drive(&Direct::new(rings), &|| {}, watch) };
         let strict = Strict::new(Arc::clone(domain), rings);
         match self.job.shape.iommu {
             Mapping::Off => unreachable!("then there is no domain"),
             Mapping::Static => {
                 let buffers = [self.buffer(self.places.buffers)];
-                self.drive(&Premapped::new(&strict, &buffers, rings)?, watch)
+                self.drive(&Premapped::new(&strict, &buffers, rings)?, &|| {}, watch)
             }
-            Mapping::Dynamic => self.drive(&strict, watch),
+            Mapping::Dynamic => {
+                // Those that came back together are invalidated together, and none is looked at before that.
+                let paged = Paged::batched(Lent(Arc::clone(domain)), rings, self.job.queue_size.into());
+                self.drive(&paged, &|| paged.flush(), watch)
+            }
             Mapping::Bounce => {
                 let longest = self.job.shape.block_size.max(1 << 20) as usize;
-                self.drive(&Bounce::new(&strict, self.buffer(self.places.pool), longest)?, watch)
+                self.drive(&Bounce::new(&strict, self.buffer(self.places.pool), longest)?, &|| {}, watch)
             }
         }
     }
 
-    fn drive<M: Mapper + Sync>(&self, mapper: &M, watch: &Watch<'_>) -> anyhow::Result<Option<Outcome>> {
+    /// Loads the disk. `settle` has `mapper` do what it has put off.
+    fn drive<M: Mapper + Sync>(
+        &self,
+        mapper: &M,
+        settle: &(dyn Fn() + Sync),
+        watch: &Watch<'_>,
+    ) -> anyhow::Result<Option<Outcome>> {
         let shape = &self.job.shape;
         let mut disk = self.start(mapper)?;
         let geometry = disk.geometry();
@@ -144,7 +157,8 @@ impl<'j> Client<'j> {
             let plan = Plan::new(self.job, number as u16, size);
             let ledger = self.job.verify.then(|| Ledger::new(plan.blocks(), shape.block_size, number as u64 + 1));
             let buffers = self.buffers(number);
-            lanes.push(Lane::new(queue, transport.bells(number as u16)?, buffers, plan, ledger, self.job.poll));
+            let bells = transport.bells(number as u16)?;
+            lanes.push(Lane::new(queue, bells, buffers, plan, ledger, settle, self.job.poll));
         }
         let conductor = Conductor::default();
         std::thread::scope(|scope| {

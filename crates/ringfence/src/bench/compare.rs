@@ -4,10 +4,10 @@
 //! goes through all peers, and what is told is the median of the rounds' ratios.
 
 use super::client::{self, Watch};
-use super::job::{Job, Mapping, Rw, Shape};
+use super::job::{GRANULE, Job, Mapping, Rw, Shape};
 use super::outcome::{Count, Outcome, Time};
-use super::peers::{Disk, Peer, SIZE};
-use anyhow::Context;
+use super::peers::{self, Disk, Peer, SIZE};
+use anyhow::{Context, ensure};
 use indicatif::ProgressBar;
 use serde::Serialize;
 use std::fmt;
@@ -36,6 +36,8 @@ enum Peers {
 
 /// What is to be measured, and for how long.
 pub(super) struct Comparison {
+    /// Only loads whose name or group has this in it.
+    pub(super) only: Option<String>,
     pub(super) rounds: u32,
     pub(super) seconds: f64,
     pub(super) warmup: f64,
@@ -69,7 +71,7 @@ pub(super) struct Row {
 }
 
 /// What nobody but us does: the loads differ in how memory is mapped alone.
-const IOMMU: &str = "What the IOMMU costs";
+pub(super) const IOMMU: &str = "What the IOMMU costs";
 
 fn experiments() -> Vec<Experiment> {
     const SPIN: Duration = Duration::from_micros(50);
@@ -81,6 +83,7 @@ fn experiments() -> Vec<Experiment> {
         queues: 1,
         iommu: Mapping::Off,
         miss_delay: 0,
+        granule: GRANULE,
     };
     let all = |group, disk, poll, shape| Experiment { group, disk, shape, poll, peers: Peers::All };
     let mut set = Vec::new();
@@ -110,12 +113,39 @@ fn experiments() -> Vec<Experiment> {
     set
 }
 
+impl Row {
+    /// Of mappings all are ours.
+    pub(super) fn is_ours(&self) -> bool {
+        self.subject == Peer::Ringfence.name() || self.group == IOMMU
+    }
+}
+
+impl Experiment {
+    /// What it is called among those of its group.
+    fn load(&self) -> String {
+        let Shape { rw, block_size, queue_depth, .. } = self.shape;
+        format!("{rw} {} KiB, QD{queue_depth}", block_size >> 10)
+    }
+
+    fn is_named(&self, part: &str) -> bool {
+        format!("{}: {}", self.group, self.load()).to_lowercase().contains(&part.to_lowercase())
+    }
+}
+
 impl Comparison {
     /// `None`: ended before the first round was over.
     pub(super) fn run(&self, ended: &AtomicBool, bar: &ProgressBar) -> anyhow::Result<Option<Compared>> {
         let folder = tempfile::tempdir().context("can't make a folder for sockets")?;
         let image = image(folder.path())?;
-        let set = experiments();
+        let mut set = experiments();
+        set.retain(|experiment| self.only.as_ref().is_none_or(|part| experiment.is_named(part)));
+        ensure!(!set.is_empty(), "no load has that in its name; without --only all are run, and named");
+        let absent = peers::absent();
+        ensure!(
+            peers::any() || set.iter().all(|experiment| experiment.peers == Peers::None),
+            "there is nobody to compare with: {}. What the IOMMU costs is shown without by --only IOMMU",
+            absent.join("; ")
+        );
         let mut subjects = Vec::new();
         for experiment in &set {
             let peers = match experiment.peers {
@@ -125,7 +155,7 @@ impl Comparison {
             subjects.extend(peers.into_iter().map(|peer| (experiment, peer, Vec::<Outcome>::new())));
         }
         bar.set_length(subjects.len() as u64 * u64::from(self.rounds));
-        let mut absent = Vec::new();
+        let mut absent = absent;
         let mut whole = 0;
         'rounds: for _ in 0..self.rounds {
             for (experiment, peer, outcomes) in &mut subjects {
@@ -173,7 +203,7 @@ impl Comparison {
         ended: &AtomicBool,
     ) -> anyhow::Result<Option<Outcome>> {
         let serving = peer.serve(experiment.disk, folder, image)?;
-        let mut job = Job {
+        let job = Job {
             socket: serving.socket.clone(),
             shape: experiment.shape,
             seconds: self.seconds,
@@ -186,12 +216,11 @@ impl Comparison {
             verify: false,
         };
         let watch = Watch { bar: &ProgressBar::hidden(), ended };
-        if experiment.disk == Disk::Memory {
-            // What was never written is not there yet.
-            let fill = Shape { rw: Rw::Write, block_size: 1 << 20, queue_depth: 8, ..experiment.shape };
+        if experiment.disk != Disk::Null {
+            // What was never touched is not there yet: memory, and the pages of a file that is mapped.
+            let fill = Shape { rw: Rw::Write, block_size: 64 << 10, queue_depth: 8, ..experiment.shape };
             let all = Job { shape: fill, seconds: 0.0, warmup: 0.0, verify: true, ..job.clone() };
             client::run(&all, &watch)?;
-            job.warmup = self.warmup;
         }
         client::run(&job, &watch)
     }
@@ -211,18 +240,12 @@ fn image(folder: &Path) -> anyhow::Result<tempfile::NamedTempFile> {
 }
 
 fn row(experiment: &Experiment, peer: Peer, rounds: Vec<Outcome>, before: &[Row]) -> Row {
-    let group = experiment.group;
-    let (load, subject) = match group {
+    let (group, load) = (experiment.group, experiment.load());
+    let subject = match (group, experiment.shape) {
         // One program, and loads that differ in the mapping.
-        IOMMU => {
-            let Shape { rw, block_size, queue_depth, iommu, miss_delay, .. } = experiment.shape;
-            let delay = if miss_delay > 0 { format!(", {miss_delay} µs a miss") } else { String::new() };
-            (format!("{rw} {} KiB, QD{queue_depth}", block_size >> 10), format!("{iommu}{delay}"))
-        }
-        _ => {
-            let Shape { rw, block_size, queue_depth, .. } = experiment.shape;
-            (format!("{rw} {} KiB, QD{queue_depth}", block_size >> 10), peer.name())
-        }
+        (IOMMU, Shape { iommu, miss_delay: 0, .. }) => iommu.to_string(),
+        (IOMMU, Shape { iommu, miss_delay, .. }) => format!("{iommu}, {miss_delay} µs a miss"),
+        _ => peer.name(),
     };
     let first = before.iter().find(|row| row.group == group && row.load == load);
     let ratio = match first {

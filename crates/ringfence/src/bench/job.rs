@@ -34,7 +34,12 @@ pub(super) struct Shape {
     pub(super) iommu: Mapping,
     /// Microseconds from a miss to its answer.
     pub(super) miss_delay: u64,
+    /// The most that one answer to a miss covers, in bytes.
+    pub(super) granule: u64,
 }
+
+/// What a VMM's answer covers on x86 and arm64.
+pub(super) const GRANULE: u64 = 4096;
 
 /// Which requests, and where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
@@ -104,7 +109,7 @@ impl fmt::Display for Mapping {
 
 impl fmt::Display for Shape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Shape { rw, read_percent, block_size, queue_depth, queues, iommu, miss_delay } = *self;
+        let Shape { rw, read_percent, block_size, queue_depth, queues, iommu, miss_delay, granule } = *self;
         write!(f, "{rw}")?;
         if rw == Rw::RandMixed {
             write!(f, " {read_percent}:{}", 100 - read_percent)?;
@@ -116,6 +121,9 @@ impl fmt::Display for Shape {
         write!(f, ", IOMMU {iommu}")?;
         if miss_delay > 0 {
             write!(f, ", {miss_delay} µs a miss")?;
+        }
+        if iommu != Mapping::Off && granule != GRANULE {
+            write!(f, ", {} a translation", Bytes(granule))?;
         }
         Ok(())
     }
@@ -179,7 +187,10 @@ mod tests {
             queues: 2,
             iommu: Mapping::Dynamic,
             miss_delay: 60,
+            granule: GRANULE,
         };
         assert_eq!(shape.to_string(), "randrw 70:30 4 KiB, QD32 × 2 queues, IOMMU dynamic, 60 µs a miss");
+        let huge = Shape { granule: 2 << 20, ..shape };
+        assert!(huge.to_string().ends_with("60 µs a miss, 2 MiB a translation"), "{huge}");
     }
 }

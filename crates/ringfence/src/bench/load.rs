@@ -8,7 +8,7 @@ use super::pattern::Ledger;
 use anyhow::{Context, bail};
 use hdrhistogram::Histogram;
 use ringfence_dma::{Buffer, Mapper};
-use ringfence_driver::blk::{BlkError, Queue, Request, SECTOR};
+use ringfence_driver::blk::{BlkError, Completion, Queue, Request, SECTOR};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -185,6 +185,10 @@ pub(super) struct Lane<'q, 'a, M: Mapper + ?Sized> {
     idle: Vec<u16>,
     plan: Plan,
     ledger: Option<Ledger>,
+    /// Called before what came back is looked at: whatever the mapper has put off is done then.
+    settle: &'q (dyn Fn() + Sync),
+    /// Completions that are not looked at yet.
+    ended: Vec<Completion>,
     spin: Duration,
     began: Instant,
     /// When the device last used something, or had nothing to use.
@@ -198,6 +202,7 @@ impl<'q, 'a, M: Mapper + ?Sized> Lane<'q, 'a, M> {
         buffers: Vec<Buffer<'a>>,
         plan: Plan,
         ledger: Option<Ledger>,
+        settle: &'q (dyn Fn() + Sync),
         spin: Duration,
     ) -> Self {
         let depth = buffers.len() as u16;
@@ -205,7 +210,9 @@ impl<'q, 'a, M: Mapper + ?Sized> Lane<'q, 'a, M> {
         let by_slot = vec![0; queue.slots()];
         let idle = (0..depth).rev().collect();
         let began = Instant::now();
-        Self { queue, kick, call, buffers, flights, by_slot, idle, plan, ledger, spin, began, lively: began }
+        let ended = Vec::with_capacity(BATCH);
+        let lively = began;
+        Self { queue, kick, call, buffers, flights, by_slot, idle, plan, ledger, settle, ended, spin, began, lively }
     }
 
     /// Until the conductor ends it.
@@ -231,9 +238,8 @@ impl<'q, 'a, M: Mapper + ?Sized> Lane<'q, 'a, M> {
                 }
                 seen = phase;
             }
-            let now = self.now();
-            let ended = self.reap(now, &mut tally)?;
-            self.refill(now)?;
+            let ended = self.reap(&mut tally)?;
+            self.refill(self.now())?;
             if ended == 0 {
                 self.wait(conductor)?;
             }
@@ -248,7 +254,7 @@ impl<'q, 'a, M: Mapper + ?Sized> Lane<'q, 'a, M> {
         for block in 0..self.plan.blocks() {
             while self.idle.is_empty() {
                 self.ring()?;
-                if self.reap(0, tally)? == 0 {
+                if self.reap(tally)? == 0 {
                     self.wait(conductor)?;
                 }
             }
@@ -264,7 +270,7 @@ impl<'q, 'a, M: Mapper + ?Sized> Lane<'q, 'a, M> {
     fn drain(&mut self, conductor: &Conductor, tally: &mut Tally) -> anyhow::Result<()> {
         self.lively = Instant::now();
         while self.idle.len() < self.buffers.len() {
-            if self.reap(0, tally)? == 0 {
+            if self.reap(tally)? == 0 {
                 self.wait(conductor)?;
             }
         }
@@ -278,11 +284,18 @@ impl<'q, 'a, M: Mapper + ?Sized> Lane<'q, 'a, M> {
 
     /// Takes what has come back, up to a batch of it.
     #[inline]
-    fn reap(&mut self, now: u64, tally: &mut Tally) -> anyhow::Result<usize> {
-        let mut ended = 0;
-        while ended < BATCH {
+    fn reap(&mut self, tally: &mut Tally) -> anyhow::Result<usize> {
+        while self.ended.len() < BATCH {
             let Some(completion) = self.queue.poll()? else { break };
-            ended += 1;
+            self.ended.push(completion);
+        }
+        let ended = self.ended.len();
+        if ended == 0 {
+            return Ok(0);
+        }
+        (self.settle)();
+        let now = self.now();
+        for completion in self.ended.drain(..) {
             let index = self.by_slot[completion.id.slot()];
             let flight = self.flights[usize::from(index)];
             self.idle.push(index);

@@ -17,9 +17,9 @@ use clap::{Args, ValueEnum};
 use client::Watch;
 use compare::Comparison;
 use indicatif::{ProgressBar, ProgressStyle};
-use job::{Job, Mapping, Rw, Shape, size};
+use job::{GRANULE, Job, Mapping, Rw, Shape, size};
 use signal_hook::consts::{SIGINT, SIGTERM};
-use std::fs;
+use std::fs::File;
 use std::io::{Write, stdout};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -42,10 +42,14 @@ pub(crate) struct Bench {
     /// Compare ringfence with every peer that is installed, over a set of loads
     ///
     /// Starts ringfence, qemu-storage-daemon with each of its aio modes, and SPDK's vhost if it is in PATH, on disks of
-    /// their own, one at a time and in turn. What is asked for besides counts for nothing, but for --rounds, --seconds,
-    /// --warmup, --format and --output.
+    /// their own, one at a time and in turn. What is asked for besides counts for nothing, but for --only, --rounds,
+    /// --seconds, --warmup, --format and --output.
     #[arg(long, conflicts_with = "socket")]
     compare: bool,
+
+    /// Only those loads of --compare that have this in their name, such as "keeps nothing", QD32 or IOMMU
+    #[arg(long, value_name = "TEXT", requires = "compare")]
+    only: Option<String>,
 
     /// How often --compare goes through everything
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -105,6 +109,10 @@ pub(crate) struct Bench {
     /// For how many microseconds to let a miss wait before it is answered, as a slow VMM does
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
     miss_delay: u64,
+
+    /// How much one answer to a miss covers: as VMMs have it on x86 and arm64, or more, as with huge pages or on ppc64le
+    #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = granule)]
+    granule: u64,
 
     /// How many descriptors a queue has: 256, or more if the depth needs it
     #[arg(long, value_name = "N", value_parser = queue_size)]
@@ -166,6 +174,13 @@ fn block_size(text: &str) -> Result<u64, String> {
     if bytes > 1 << 30 { Err("a request has 1G at the most".into()) } else { Ok(bytes) }
 }
 
+fn granule(text: &str) -> Result<u64, String> {
+    match size(text)? {
+        bytes if bytes.is_power_of_two() && bytes >= GRANULE => Ok(bytes),
+        _ => Err("a power of two from 4k on".into()),
+    }
+}
+
 fn seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.0..=1e6).contains(&seconds) => Ok(seconds),
@@ -183,15 +198,24 @@ fn queue_size(text: &str) -> Result<u16, String> {
 impl Bench {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         let ended = ended_by_signals()?;
+        // What can't be written is not worth measuring.
+        let output = self.output.as_deref().map(|path| File::options().create(true).append(true).open(path));
+        let output = output.transpose().with_context(|| format!("can't write {}", self.output().display()))?;
         let text = match &self.socket {
             Some(socket) => self.measure(socket, &ended)?,
             None => self.compare(&ended)?,
         };
-        match &self.output {
-            Some(path) => fs::write(path, text).with_context(|| format!("can't write {}", path.display()))?,
+        match output {
+            // Only now: what is there of an earlier measurement stays until there is another.
+            Some(mut file) => (file.set_len(0).and_then(|()| file.write_all(text.as_bytes())))
+                .with_context(|| format!("can't write {}", self.output().display()))?,
             None => stdout().write_all(text.as_bytes()).context("can't write to standard output")?,
         }
         Ok(ExitCode::SUCCESS)
+    }
+
+    fn output(&self) -> &Path {
+        self.output.as_deref().unwrap_or("standard output".as_ref())
     }
 
     fn measure(&self, socket: &Path, ended: &AtomicBool) -> anyhow::Result<String> {
@@ -214,7 +238,8 @@ impl Bench {
     fn compare(&self, ended: &AtomicBool) -> anyhow::Result<String> {
         let seconds = self.seconds.unwrap_or(0.5);
         let bar = ProgressBar::new(0).with_style(style());
-        let comparison = Comparison { rounds: self.rounds, seconds, warmup: self.warmup.min(seconds) };
+        let only = self.only.clone();
+        let comparison = Comparison { only, rounds: self.rounds, seconds, warmup: self.warmup.min(seconds) };
         let compared = comparison.run(ended, &bar)?.context("ended before the first round was over")?;
         Ok(match self.format {
             Format::Text => compared.to_string(),
@@ -237,6 +262,7 @@ impl Bench {
                 queues: self.queues,
                 iommu: self.iommu,
                 miss_delay: self.miss_delay,
+                granule: self.granule,
             },
             seconds: self.seconds.unwrap_or(5.0),
             warmup: self.warmup,

@@ -33,11 +33,33 @@ pub(super) const SIZE: u64 = 512 << 20;
 /// How long a program may take to listen.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+const STORAGE_DAEMON: &str = "qemu-storage-daemon";
+
+/// SPDK's vhost target, by the names that packages, its build and its general target give it.
+const SPDK: [&str; 4] = ["spdk_vhost", "vhost_tgt", "vhost", "spdk_tgt"];
+
+/// Whether there is anybody besides us.
+pub(super) fn any() -> bool {
+    in_path(STORAGE_DAEMON).is_some() || spdk().is_some()
+}
+
+/// Who is not installed here.
+pub(super) fn absent() -> Vec<String> {
+    let mut absent = Vec::new();
+    if in_path(STORAGE_DAEMON).is_none() {
+        absent.push(format!("there is no {STORAGE_DAEMON} in PATH"));
+    }
+    if spdk().is_none() {
+        absent.push(format!("there is no SPDK in PATH ({})", SPDK.join(", ")));
+    }
+    absent
+}
+
 impl Disk {
     /// Those that there are here, ours first.
     pub(super) fn peers(self) -> Vec<Peer> {
         let mut peers = vec![Peer::Ringfence];
-        if in_path("qemu-storage-daemon").is_some() {
+        if in_path(STORAGE_DAEMON).is_some() {
             let ways: &[&str] = match self {
                 Disk::Null => &[""],
                 Disk::Memory => &[],
@@ -78,7 +100,7 @@ impl Peer {
             .with_context(|| format!("can't start {}", self.name()))?;
         let mut serving = Serving { child, socket };
         let until = Instant::now() + PATIENCE;
-        while !serving.socket.exists() {
+        while !listens(&serving.socket) {
             let ended = serving.child.try_wait()?;
             if ended.is_some() || Instant::now() > until {
                 let log = fs::read_to_string(&log).unwrap_or_default();
@@ -113,7 +135,7 @@ impl Peer {
                     "vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path={}",
                     socket.display()
                 );
-                let mut command = Command::new("qemu-storage-daemon");
+                let mut command = Command::new(STORAGE_DAEMON);
                 command.args(["--blockdev", &node, "--export", &export]);
                 command
             }
@@ -121,7 +143,9 @@ impl Peer {
                 let config = folder.join("spdk.json");
                 File::create(&config)?.write_all(spdk_config(disk, image).to_string().as_bytes())?;
                 let mut command = Command::new(spdk().context("SPDK's vhost is gone")?);
-                command.args(["-m", "0x1", "--no-huge", "-s", "1024", "-S"]).arg(folder);
+                // One core, which it keeps busy: the first that there is. Huge pages may not be there, and only its own
+                // disk is in them.
+                command.args(["-m", &format!("[{}]", first_processor()?), "--no-huge", "-s", "1024", "-S"]).arg(folder);
                 command.arg("-r").arg(folder.join("spdk-rpc.sock")).arg("-c").arg(config);
                 command
             }
@@ -142,14 +166,30 @@ fn spdk_config(disk: Disk, image: &Path) -> serde_json::Value {
             "params": { "name": "disk", "filename": image, "block_size": 512 } }),
     };
     let controller = json!({ "method": "vhost_create_blk_controller",
-        "params": { "ctrlr": "disk.sock", "dev_name": "disk", "cpumask": "0x1" } });
+        "params": { "ctrlr": "disk.sock", "dev_name": "disk" } });
     json!({ "subsystems": [{ "subsystem": "bdev", "config": [bdev] },
         { "subsystem": "vhost_blk", "config": [controller] }] })
 }
 
-/// SPDK's vhost target, by the name that its build gives it or that packages do.
 fn spdk() -> Option<PathBuf> {
-    in_path("spdk_vhost").or_else(|| in_path("vhost_tgt")).or_else(|| in_path("vhost"))
+    SPDK.into_iter().find_map(in_path)
+}
+
+/// Of those that this process may run on.
+fn first_processor() -> anyhow::Result<usize> {
+    let allowed = rustix::thread::sched_getaffinity(None)?;
+    let first = (0..rustix::thread::CpuSet::MAX_CPU).find(|&processor| allowed.is_set(processor));
+    first.context("this process may run nowhere")
+}
+
+/// Whether somebody accepts connections there: the file is there a moment earlier.
+fn listens(socket: &Path) -> bool {
+    const ACCEPTS: u32 = 1 << 16;
+    let Ok(sockets) = fs::read_to_string("/proc/net/unix") else { return socket.exists() };
+    sockets.lines().filter_map(|line| line.split_once(" /")).any(|(words, path)| {
+        let flags = words.split_whitespace().nth(3).and_then(|flags| u32::from_str_radix(flags, 16).ok());
+        flags.is_some_and(|flags| flags & ACCEPTS != 0) && Path::new("/").join(path) == socket
+    })
 }
 
 fn in_path(program: &str) -> Option<PathBuf> {

@@ -3,6 +3,7 @@
 use crate::slow::{CAPACITY, content};
 use ringfence_dma::{BusAddr, FrontendVa, Gpa, HostSlice, Permission};
 use ringfence_hostmem::{Placement, SharedMemory};
+use ringfence_ring::{Format, Notifications, Position};
 use ringfence_vhost_user::client::{self, Translation, Translator, Vring, range};
 use rustix::event::{EventfdFlags, eventfd};
 use std::collections::{HashMap, VecDeque};
@@ -20,7 +21,8 @@ const REQUESTS: usize = 25;
 const DESCRIPTORS: usize = 10;
 const QUEUE: u16 = 256;
 
-/// Pages of bus addresses, from [`BASE`] on: the ring's, then headers and status bytes, then data.
+/// Pages of bus addresses, from [`BASE`] on: the ring's, then headers and status bytes, then data. A packed ring has its
+/// descriptors in [`TABLE`], and the event suppression of driver and device where the other's rings begin.
 const BASE: u64 = 0x7_0000_0000;
 const TABLE: usize = 0;
 const AVAIL: usize = 1;
@@ -41,6 +43,26 @@ pub(crate) enum Misses {
     Answered,
     Withheld,
 }
+
+/// What the two sides agree on for the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Kind {
+    pub(crate) format: Format,
+    pub(crate) notifications: Notifications,
+}
+
+impl Kind {
+    pub(crate) const SPLIT: Self = Self { format: Format::Split, notifications: Notifications::Flags };
+
+    /// What the driver does not see of what is offered.
+    fn hidden(self) -> u64 {
+        (if self.format == Format::Split { PACKED } else { 0 })
+            | (if self.notifications == Notifications::Flags { EVENT_IDX } else { 0 })
+    }
+}
+
+const PACKED: u64 = virtio_spec::F::RING_PACKED.bits().to_ne() as u64;
+const EVENT_IDX: u64 = virtio_spec::F::EVENT_IDX.bits().to_ne() as u64;
 
 /// How long to go on.
 pub(crate) struct Load {
@@ -88,6 +110,7 @@ impl Map {
 }
 
 pub(crate) struct Frontend {
+    kind: Kind,
     client: client::Frontend,
     map: Arc<Map>,
     memory: SharedMemory,
@@ -99,8 +122,11 @@ pub(crate) struct Frontend {
 /// The driver's, and what lies idle.
 struct State {
     random: u64,
+    /// Where the driver is, with the wrap counters on top in a packed ring.
     avail: u16,
     used: u16,
+    /// How many entries were made available since the device was last told, or found not to want to be.
+    untold: u16,
     requests: [Option<Request>; REQUESTS],
     /// Pages that were taken away, oldest first, with their stamps.
     stamped: VecDeque<(usize, u64)>,
@@ -112,6 +138,8 @@ struct State {
 
 #[derive(Clone)]
 struct Request {
+    /// Descriptors.
+    len: u16,
     sector: u64,
     reads: bool,
     /// Addresses of its data, and how often they had moved when it started.
@@ -120,6 +148,10 @@ struct Request {
 
 impl Frontend {
     pub(crate) fn connect(socket: &Path, misses: Misses) -> Self {
+        Self::with_ring(socket, misses, Kind::SPLIT)
+    }
+
+    pub(crate) fn with_ring(socket: &Path, misses: Misses, kind: Kind) -> Self {
         let memory = SharedMemory::new(MEMORY * PAGE).unwrap();
         let va = memory.slice(0, 1).as_ptr() as u64;
         // Withheld answers would come long after the test.
@@ -132,14 +164,15 @@ impl Frontend {
         let pages = std::array::from_fn(Some);
         let map = Arc::new(Map { pages: Mutex::new(pages), va });
         client.serve_iotlb(Arc::clone(&map) as _).unwrap();
-        // A split ring that does not know event indices, and all else that there is.
-        let without = virtio_spec::F::RING_PACKED | virtio_spec::F::EVENT_IDX;
-        client.set_features(client.offered() & !(without.bits().to_ne() as u64)).unwrap();
+        // The ring that is wanted, and all else that there is.
+        assert_eq!(!client.offered() & (PACKED | EVENT_IDX), 0, "all rings are offered");
+        client.set_features(client.offered() & !kind.hidden()).unwrap();
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let state = State {
             random: 0x1234_5678_9abc_def1,
-            avail: 0,
-            used: 0,
+            avail: Position::start(kind.format).avail,
+            used: Position::start(kind.format).used,
+            untold: 0,
             requests: [const { None }; REQUESTS],
             stamped: VecDeque::new(),
             moved: [0; ADDRESSES],
@@ -147,13 +180,13 @@ impl Frontend {
             known: false,
         };
         let (kick, call) = (eventfd(0, flags).unwrap(), eventfd(0, flags).unwrap());
-        let frontend = Self { client, map, memory, kick, call, state: Mutex::new(state) };
+        let frontend = Self { kind, client, map, memory, kick, call, state: Mutex::new(state) };
         let mut state = frontend.state.lock().unwrap();
         for page in ADDRESSES..MEMORY {
             frontend.stamp(&mut state, page);
         }
         drop(state);
-        frontend.start(0);
+        frontend.start(Position::start(kind.format).vring_base(kind.format));
         frontend
     }
 
@@ -177,6 +210,8 @@ impl Frontend {
             call: Some(self.call.as_fd()),
         };
         self.client.start_vring(&vring).unwrap();
+        // What it did not want to be told of before it stopped is news to a queue that starts.
+        self.ring(&mut self.state.lock().unwrap(), Tell::Always);
     }
 
     pub(crate) fn stop(&self) -> u32 {
@@ -277,9 +312,21 @@ impl Frontend {
         let mut chain = vec![(bus(HEADERS, slot * 16), 16_u32, 0_u16)];
         chain.extend(data.iter().map(|&address| (bus(address, 0), PAGE as u32, write)));
         chain.push((bus(STATUS, slot), 1, 2));
+        let len = chain.len() as u16;
+        match self.kind.format {
+            Format::Split => self.add_split(state, slot, &chain),
+            Format::Packed => self.add_packed(state, slot, &chain),
+        }
+        let data = data.into_iter().map(|address| (address, state.moved[address])).collect();
+        state.requests[slot] = Some(Request { len, sector, reads: kind == 0, data });
+        true
+    }
+
+    /// Each slot has descriptors of its own.
+    fn add_split(&self, state: &mut State, slot: usize, chain: &[(u64, u32, u16)]) {
         let table = self.at(TABLE);
         let last = chain.len() - 1;
-        for (index, (addr, len, flags)) in chain.into_iter().enumerate() {
+        for (index, &(addr, len, flags)) in chain.iter().enumerate() {
             let at = slot * DESCRIPTORS + index;
             let (flags, next) = if index == last { (flags, 0) } else { (flags | 1, at + 1) };
             table.store_u64(at * 16, addr, Ordering::Relaxed);
@@ -291,15 +338,72 @@ impl Frontend {
         let entry = usize::from(state.avail % QUEUE) * 2 + 4;
         avail.store_u16(entry, (slot * DESCRIPTORS) as u16, Ordering::Relaxed);
         state.avail = state.avail.wrapping_add(1);
+        state.untold += 1;
         avail.store_u16(2, state.avail, Ordering::Release);
-        let data = data.into_iter().map(|address| (address, state.moved[address])).collect();
-        state.requests[slot] = Some(Request { sector, reads: kind == 0, data });
-        true
     }
 
-    fn ring(&self) {
+    /// One after the other; there are more than all slots have. The first becomes available last (§2.8.13).
+    fn add_packed(&self, state: &mut State, slot: usize, chain: &[(u64, u32, u16)]) {
+        let table = self.at(TABLE);
+        let first = state.avail;
+        let last = chain.len() - 1;
+        let mut first_flags = 0;
+        for (index, &(addr, len, flags)) in chain.iter().enumerate() {
+            let at = usize::from(state.avail & !WRAP) * 16;
+            let available = if state.avail & WRAP != 0 { 1 << 7 } else { 1 << 15 };
+            let flags = flags | available | u16::from(index != last);
+            table.store_u64(at, addr, Ordering::Relaxed);
+            table.store_u32(at + 8, len, Ordering::Relaxed);
+            table.store_u16(at + 12, slot as u16, Ordering::Relaxed);
+            match index {
+                0 => first_flags = flags,
+                _ => table.store_u16(at + 14, flags, Ordering::Relaxed),
+            }
+            state.avail = wrapped(state.avail, 1);
+        }
+        state.untold += chain.len() as u16;
+        table.store_u16(usize::from(first & !WRAP) * 16 + 14, first_flags, Ordering::Release);
+    }
+
+    /// Tells the device of what it can have; with event indices only if it wants to know.
+    fn ring(&self, state: &mut State, tell: Tell) {
         fence(Ordering::SeqCst);
-        rustix::io::write(&self.kick, &1_u64.to_ne_bytes()).unwrap();
+        let fresh = std::mem::take(&mut state.untold);
+        if self.kind.notifications == Notifications::Flags || tell == Tell::Always || self.is_wanted(state, fresh) {
+            rustix::io::write(&self.kick, &1_u64.to_ne_bytes()).unwrap();
+        }
+        // Nobody waits for a call here; that the device reads this is what matters.
+        if self.kind.notifications == Notifications::EventIdx {
+            match self.kind.format {
+                Format::Split => {
+                    self.at(AVAIL).store_u16(4 + usize::from(QUEUE) * 2, state.used, Ordering::Relaxed);
+                }
+                Format::Packed => {
+                    self.at(AVAIL).store_u16(0, state.used, Ordering::Relaxed);
+                    self.at(AVAIL).store_u16(2, 2, Ordering::Release);
+                }
+            }
+        }
+    }
+
+    /// Whether the device's event is among the `fresh` entries that were last made available (§2.7.10, §2.8.10).
+    fn is_wanted(&self, state: &State, fresh: u16) -> bool {
+        let (event, new) = match self.kind.format {
+            Format::Split => (self.at(ENTRIES).load_u16(usize::from(QUEUE) * 8, Ordering::Relaxed), state.avail),
+            Format::Packed => {
+                let suppression = self.at(USED);
+                match suppression.load_u16(USED_AT + 2, Ordering::Relaxed) {
+                    0 => return true,
+                    1 => return false,
+                    _ => {}
+                }
+                let event = suppression.load_u16(USED_AT, Ordering::Relaxed);
+                // One of the round before is as far behind as the ring is long.
+                let round = if (event ^ state.avail) & WRAP == 0 { 0 } else { QUEUE };
+                ((event & !WRAP).wrapping_sub(round), state.avail & !WRAP)
+            }
+        };
+        new.wrapping_sub(event).wrapping_sub(1) < fresh
     }
 
     pub(crate) fn submit_reads(&self, count: usize) {
@@ -307,20 +411,18 @@ impl Frontend {
         for _ in 0..count {
             assert!(self.submit(state, Some(true)), "room for {count} requests");
         }
-        self.ring();
+        self.ring(state, Tell::IfWanted);
     }
 
     /// Takes what the device has used.
     fn reap(&self, state: &mut State) -> usize {
         let mut count = 0;
-        let used = self.at(USED);
-        while used.load_u16(USED_AT + 2, Ordering::Acquire) != state.used {
-            let entry = usize::from(state.used % QUEUE) * 8;
-            let id = self.at(ENTRIES).load_u32(entry, Ordering::Relaxed) as usize;
-            let slot = id / DESCRIPTORS;
-            assert!(id.is_multiple_of(DESCRIPTORS) && slot < REQUESTS, "the device used {id}, which heads no chain");
+        while let Some(slot) = self.next_used(state) {
             let request = state.requests[slot].take().expect("the device used a request that is under way");
-            state.used = state.used.wrapping_add(1);
+            state.used = match self.kind.format {
+                Format::Split => state.used.wrapping_add(1),
+                Format::Packed => wrapped(state.used, request.len),
+            };
             count += 1;
             let mut status = [0];
             self.at(STATUS).sub(slot, 1).read(0, &mut status);
@@ -334,6 +436,32 @@ impl Frontend {
             }
         }
         count
+    }
+
+    /// The slot of the next request that the device has used.
+    fn next_used(&self, state: &State) -> Option<usize> {
+        let id = match self.kind.format {
+            Format::Split => {
+                if self.at(USED).load_u16(USED_AT + 2, Ordering::Acquire) == state.used {
+                    return None;
+                }
+                let entry = usize::from(state.used % QUEUE) * 8;
+                let id = self.at(ENTRIES).load_u32(entry, Ordering::Relaxed) as usize;
+                assert!(id.is_multiple_of(DESCRIPTORS), "the device used {id}, which heads no chain");
+                id / DESCRIPTORS
+            }
+            Format::Packed => {
+                let at = usize::from(state.used & !WRAP) * 16;
+                let flags = self.at(TABLE).load_u16(at + 14, Ordering::Acquire);
+                let used = if state.used & WRAP != 0 { 1 << 7 | 1 << 15 } else { 0 };
+                if flags & (1 << 7 | 1 << 15) != used {
+                    return None;
+                }
+                usize::from(self.at(TABLE).load_u16(at + 12, Ordering::Relaxed))
+            }
+        };
+        assert!(id < REQUESTS, "the device used {id}, which is no request");
+        Some(id)
     }
 
     /// The first word of each page that stayed where it was, unless another request shares it.
@@ -395,7 +523,7 @@ impl Frontend {
                     some = true;
                 }
                 if some {
-                    self.ring();
+                    self.ring(state, Tell::IfWanted);
                 }
                 match state.below(40) {
                     0 => self.take_away(state, TABLE, 1),
@@ -430,6 +558,22 @@ impl Frontend {
         self.assert_stamps();
         std::mem::take(&mut self.state.lock().unwrap().seen)
     }
+}
+
+/// Whether the device hears of it although it may not want to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Tell {
+    IfWanted,
+    Always,
+}
+
+/// The wrap counter of a place in a packed ring.
+const WRAP: u16 = 1 << 15;
+
+/// The place in a packed ring that is `by` entries on.
+fn wrapped(place: u16, by: u16) -> u16 {
+    let index = (place & !WRAP) + by;
+    if index < QUEUE { place & WRAP | index } else { (place ^ WRAP) & WRAP | (index - QUEUE) }
 }
 
 impl State {

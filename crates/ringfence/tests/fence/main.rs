@@ -10,11 +10,12 @@ mod frontend;
 mod fuse;
 mod slow;
 
-use frontend::{Frontend, Load, Misses};
+use frontend::{Frontend, Kind, Load, Misses};
 use fuse::{Recovering, SlowFile};
 use ringfence_device::blk::{self, Blk};
 use ringfence_device::storage::Storage;
 use ringfence_policy::IommuMode;
+use ringfence_ring::{Format, Notifications};
 use ringfence_vhost_user::server::{Keep, Options, Server};
 use rustix::process::{Pid, Signal, kill_process};
 use slow::Slow;
@@ -138,6 +139,25 @@ fn no_byte_of_an_invalidated_page_changes_with_slow_storage() {
     }
 }
 
+/// A packed ring's descriptors are written to by both sides, and event indices by the device as well.
+#[test]
+fn no_byte_of_an_invalidated_page_changes_with_any_ring() {
+    let kinds = [
+        (Format::Split, Notifications::EventIdx),
+        (Format::Packed, Notifications::Flags),
+        (Format::Packed, Notifications::EventIdx),
+    ];
+    for (format, notifications) in kinds {
+        let kind = Kind { format, notifications };
+        let served = Inside::start(Arc::new(Slow::new(Duration::from_millis(1))), Keep::Cache, Duration::from_secs(10));
+        let frontend = Frontend::with_ring(&served.socket, Misses::Answered, kind);
+        let seen = frontend.run(Load { pages: pages() / 8, stops: 10, known: true });
+        eprintln!("{kind:?}: {seen:?}");
+        drop(frontend);
+        served.end();
+    }
+}
+
 /// The file's server decides how the kernel treats the memory that is read into: here it is looked up before, and written
 /// to whatever is mapped at its address by then.
 #[test]
@@ -159,12 +179,15 @@ fn no_byte_of_an_invalidated_page_changes_from_another_process() {
 fn no_byte_of_an_invalidated_page_changes_with_a_plain_file() {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(slow::CAPACITY).unwrap();
-    let served = Outside::start(file.path(), &["--iotlb", "cache"]);
-    let frontend = Frontend::connect(&served.socket, Misses::Answered);
-    let seen = frontend.run(Load { pages: pages() / 2, stops: 20, known: false });
-    eprintln!("a plain file: {seen:?}");
-    drop(frontend);
-    served.end();
+    let packed = Kind { format: Format::Packed, notifications: Notifications::EventIdx };
+    for kind in [Kind::SPLIT, packed] {
+        let served = Outside::start(file.path(), &["--iotlb", "cache"]);
+        let frontend = Frontend::with_ring(&served.socket, Misses::Answered, kind);
+        let seen = frontend.run(Load { pages: pages() / 4, stops: 20, known: false });
+        eprintln!("a plain file, {kind:?}: {seen:?}");
+        drop(frontend);
+        served.end();
+    }
 }
 
 /// A disk that hangs: pages are taken away at once all the same, the queue stops in time and goes on later, and the

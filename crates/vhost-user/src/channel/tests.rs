@@ -53,7 +53,7 @@ fn a_message_may_come_in_any_pieces() {
 #[test]
 fn descriptors_belong_to_the_message_they_came_with() {
     let (mut channel, peer) = pair();
-    let sender = Channel::new(peer.into());
+    let sender = Channel::<Header>::new(peer.into());
     let (one, two) = (std::io::pipe().unwrap(), std::io::pipe().unwrap());
     sender.send(&Request::<OwnedFd>::GetFeatures.encode(NeedReply::No)).unwrap();
     sender.send(&Request::SetLogFd(&one.1).encode(NeedReply::No)).unwrap();
@@ -69,6 +69,109 @@ fn descriptors_belong_to_the_message_they_came_with() {
         let mut byte = [0];
         pipe.read_exact(&mut byte).unwrap();
         assert_eq!(&byte, b"!");
+    }
+}
+
+#[test]
+fn what_was_read_ahead_is_said_to_be_here() {
+    let (mut channel, mut peer) = pair();
+    let one = Request::<OwnedFd>::SetFeatures(7).encode(NeedReply::No).bytes;
+    // More than are read at a time, and a part of one.
+    let count = 3 * AHEAD / one.len();
+    let mut stream = one.repeat(count);
+    stream.extend_from_slice(&one[..5]);
+    peer.write_all(&stream).unwrap();
+    assert!(!channel.holds_message(), "nothing was read yet");
+    let mut reads = 0;
+    for number in 0..count {
+        reads += u32::from(!channel.holds_message());
+        let Message { header, body, fds } = message(&mut channel);
+        assert!(matches!(Request::parse(&header, &body, fds), Ok(Request::SetFeatures(7))), "message {number}");
+    }
+    assert!(reads <= 4, "{reads} reads for {count} messages");
+    assert!(!channel.holds_message(), "a part of a message is none");
+    assert!(matches!(channel.receive(), Ok(Received::Nothing)));
+    peer.write_all(&one[5..]).unwrap();
+    message(&mut channel);
+    // What is no message is to be told at once, too.
+    peer.write_all(&[one.clone(), vec![0xff; 20]].concat()).unwrap();
+    message(&mut channel);
+    assert!(channel.holds_message());
+    assert!(matches!(channel.receive(), Err(ChannelError::Header(_))));
+}
+
+/// A protocol whose messages may be longer than what is read at a time: a length, and so many bytes.
+#[derive(Clone, Copy, Debug)]
+struct Length(u32);
+
+impl Head for Length {
+    type Bytes = [u8; 4];
+    type Error = u32;
+    const MAX_FDS: usize = 1;
+
+    fn parse(bytes: &[u8; 4]) -> Result<Self, u32> {
+        let length = u32::from_ne_bytes(*bytes);
+        if length <= 1 << 20 { Ok(Self(length)) } else { Err(length) }
+    }
+
+    fn body(&self) -> usize {
+        self.0 as usize
+    }
+}
+
+#[test]
+fn long_messages_and_short_ones_follow_each_other() {
+    let (ours, mut peer) = UnixStream::pair().unwrap();
+    let mut channel = Channel::<Length>::new(ours.into());
+    let lengths = [0, 5, AHEAD - 4, AHEAD - 3, 7, 1 << 20, 0, 3 * AHEAD, 1];
+    let writer = std::thread::spawn(move || {
+        for (number, length) in lengths.into_iter().enumerate() {
+            peer.write_all(&[&(length as u32).to_ne_bytes()[..], &vec![number as u8; length]].concat()).unwrap();
+        }
+    });
+    for (number, length) in lengths.into_iter().enumerate() {
+        let message = channel.receive_until(Instant::now() + Duration::from_secs(60)).unwrap();
+        assert_eq!(message.body, vec![number as u8; length], "message {number}");
+        assert!(channel.inbox.bytes.len() <= (1 << 20) + 4);
+    }
+    writer.join().unwrap();
+    assert!(matches!(channel.receive(), Ok(Received::End)));
+    assert_eq!(channel.inbox.bytes.len(), AHEAD, "what a long one took was given back");
+}
+
+#[test]
+fn descriptors_belong_to_the_last_message_of_their_read() {
+    let (file, other) = (std::io::pipe().unwrap(), std::io::pipe().unwrap());
+    let plain = Request::<OwnedFd>::GetFeatures.encode(NeedReply::No).bytes;
+    let log = Request::SetLogFd(&file.1);
+    let log = log.encode(NeedReply::No);
+    for cut in 1..log.bytes.len() {
+        // Two that have none, one that comes in two pieces with its descriptor at the first, one that has another.
+        let (mut channel, mut peer) = pair();
+        peer.write_all(&[&plain[..], &plain].concat()).unwrap();
+        send_with_fds(&peer, &log.bytes[..cut], &log.fds);
+        peer.write_all(&log.bytes[cut..]).unwrap();
+        send_with_fds(&peer, &log.bytes, &[other.1.as_fd()]);
+        peer.write_all(&plain).unwrap();
+        let kinds = |fds: &[OwnedFd]| {
+            let same = |one: &OwnedFd, two: &std::io::PipeWriter| {
+                let (one, two) = (rustix::fs::fstat(one).unwrap(), rustix::fs::fstat(two).unwrap());
+                one.st_ino == two.st_ino
+            };
+            fds.iter()
+                .map(|fd| {
+                    if same(fd, &file.1) {
+                        'f'
+                    } else if same(fd, &other.1) {
+                        'o'
+                    } else {
+                        '?'
+                    }
+                })
+                .collect()
+        };
+        let got: Vec<String> = (0..5).map(|_| kinds(&message(&mut channel).fds)).collect();
+        assert_eq!(got, ["", "", "f", "o", ""], "cut at {cut}");
     }
 }
 
@@ -117,7 +220,7 @@ fn an_answer_is_waited_for_until_the_deadline() {
     let answering = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(10));
         let code = FrontendCode::GetFeatures.number();
-        Channel::new(peer.into()).send(&Reply::U64(5).encode(code)).unwrap();
+        Channel::<Header>::new(peer.into()).send(&Reply::U64(5).encode(code)).unwrap();
     });
     let answer = channel.receive_until(Instant::now() + Duration::from_secs(60)).unwrap();
     assert_eq!((answer.header.kind, answer.body), (Kind::Reply, 5u64.to_ne_bytes().to_vec()));

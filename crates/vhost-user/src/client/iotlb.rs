@@ -1,6 +1,6 @@
 //! The thread that answers what a back-end asks, above all its misses.
 
-use super::{ClientError, Shared};
+use super::{AT_ONCE, ClientError, Shared};
 use crate::channel::{Channel, ChannelError, Message, Received};
 use crate::wire::{BackendRequest, Frame, FrontendCode, Header, Iotlb, IotlbReport, NeedReply, Request};
 use ringfence_dma::{BusAddr, FrontendVa, Permission};
@@ -13,9 +13,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-
-/// Most misses that are answered in one go; their translations travel in one write.
-const BATCH: usize = 128;
 
 /// Most misses that wait for their time. A back-end that asks for more is left unread until some are answered.
 const WAITING: usize = 4096;
@@ -186,19 +183,19 @@ impl Answering {
         loop {
             let left = self.waiting.front().map(|miss| miss.due.saturating_duration_since(Instant::now()));
             let events = self.sleep(left)?;
-            while self.waiting.len() < WAITING {
+            while self.can_take() {
                 match self.channel.receive()? {
                     Received::Message(message) => self.message(message)?,
                     Received::Nothing => break,
                     Received::End => return Ok(()),
                 }
             }
-            if self.waiting.len() == WAITING && events.contains(PollFlags::HUP) {
+            if !self.can_take() && events.contains(PollFlags::HUP) {
                 // Nobody is left to be answered; and waiting for time to pass, this would never sleep again.
                 return Ok(());
             }
             let now = Instant::now();
-            let due = self.waiting.partition_point(|miss| miss.due <= now).min(BATCH);
+            let due = self.waiting.partition_point(|miss| miss.due <= now).min(AT_ONCE);
             let due: Vec<Miss> = self.waiting.drain(..due).collect();
             if !due.is_empty() {
                 self.answer(&due)?;
@@ -206,10 +203,15 @@ impl Answering {
         }
     }
 
+    fn can_take(&self) -> bool {
+        self.waiting.len() < WAITING
+    }
+
     /// Until there is something to read, or for so long.
     fn sleep(&self, at_most: Option<Duration>) -> Result<PollFlags, Errno> {
+        let at_most = if self.can_take() && self.channel.holds_message() { Some(Duration::ZERO) } else { at_most };
         let timeout = at_most.and_then(|time| Timespec::try_from(time).ok());
-        let readable = if self.waiting.len() < WAITING { PollFlags::IN } else { PollFlags::empty() };
+        let readable = if self.can_take() { PollFlags::IN } else { PollFlags::empty() };
         let mut fds = [PollFd::new(&self.channel, readable)];
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) => Ok(fds[0].revents()),
@@ -284,7 +286,14 @@ impl Answering {
                 results.push(granted);
             }
         }
-        misses.iter().zip(results).try_for_each(|(miss, granted)| self.reply(&miss.asked, u64::from(!granted)))
+        let mut replies = Frame { bytes: Vec::new(), fds: Vec::new() };
+        for (Miss { asked, .. }, granted) in misses.iter().zip(results) {
+            if asked.need_reply == NeedReply::Yes {
+                let reply = BackendRequest::encode_reply(asked, u64::from(!granted));
+                replies.bytes.extend_from_slice(&reply.bytes);
+            }
+        }
+        Ok(self.channel.send(&replies)?)
     }
 
     fn reply(&self, asked: &Header, result: u64) -> Result<(), Ended> {

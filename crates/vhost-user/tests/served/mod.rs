@@ -120,7 +120,10 @@ impl Frontend {
         let base = FrontendVa(connected.memory.slice(0, MEMORY).as_ptr() as u64);
         let window = Window::new(BusAddr(1 << 40), BusAddr((1 << 40) + 0x5f_d000 - 1));
         let domain = Arc::new(Domain::new(window));
-        connected.client.serve_iotlb(Arc::new(client::Pages { domain: Arc::clone(&domain), base })).unwrap();
+        connected
+            .client
+            .serve_iotlb(Arc::new(client::Pages { domain: Arc::clone(&domain), base, granule: 4096 }))
+            .unwrap();
         Self { domain, ..connected }
     }
 

@@ -1,0 +1,181 @@
+//! The way to the client, shared by the session's thread, which answers, and the queues', which ask.
+
+use crate::wire::{Answer, Command, Frame, Header, Kind, MAX_DATA};
+use ringfence_vhost_user::channel::{ChannelError, send_frame};
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use zerocopy::{Immutable, IntoBytes};
+
+/// How long an answer to a question of ours is waited for.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Sends whole messages, and matches answers with questions.
+#[derive(Debug)]
+pub(crate) struct Link {
+    /// Whole messages are sent under its lock.
+    main: Mutex<OwnedFd>,
+    asking: Mutex<Asking>,
+    answered: Condvar,
+}
+
+#[derive(Debug)]
+struct Asking {
+    /// Where questions go, if not beside the answers.
+    twin: Option<OwnedFd>,
+    /// The most data of one message.
+    max: u32,
+    next: u16,
+    /// Questions by id; with what came, or `None` while nothing has.
+    open: BTreeMap<u16, Option<Result<Vec<u8>, Unanswered>>>,
+    /// How many want no question to be under way.
+    hushed: usize,
+}
+
+/// Why a question has no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unanswered {
+    /// The client refuses.
+    Refused,
+    /// Not now: whoever is to answer waits for us. Try again.
+    Later,
+}
+
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct RawDma {
+    address: u64,
+    count: u64,
+}
+
+impl Link {
+    pub(crate) fn new(socket: OwnedFd) -> Self {
+        let asking = Asking { twin: None, max: MAX_DATA, next: 0, open: BTreeMap::new(), hushed: 0 };
+        Self { main: Mutex::new(socket), asking: Mutex::new(asking), answered: Condvar::new() }
+    }
+
+    fn asking(&self) -> MutexGuard<'_, Asking> {
+        self.asking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the client takes, and where it is asked.
+    pub(crate) fn set_up(&self, max: u32, twin: Option<OwnedFd>) {
+        let mut asking = self.asking();
+        asking.max = max.clamp(1, MAX_DATA);
+        asking.twin = twin;
+    }
+
+    /// Answers.
+    pub(crate) fn send<E>(&self, frame: &Frame<'_>) -> Result<(), ChannelError<E>> {
+        let main = self.main.lock().unwrap_or_else(PoisonError::into_inner);
+        send_frame(main.as_fd(), frame)
+    }
+
+    /// The client answered.
+    pub(crate) fn answered(&self, header: &Header, body: Vec<u8>) {
+        let mut asking = self.asking();
+        // Who did not ask, or has given up, gets no answer.
+        if let Some(open @ None) = asking.open.get_mut(&header.id) {
+            *open = Some(if header.error.is_some() { Err(Unanswered::Refused) } else { Ok(body) });
+            self.answered.notify_all();
+        }
+    }
+
+    /// From here on, and until what comes back is dropped, no question is under way: those that were are given up.
+    pub(crate) fn hush(&self) -> Hush<'_> {
+        self.asking().hushed += 1;
+        self.answered.notify_all();
+        Hush(self)
+    }
+
+    /// Reads memory of the client's.
+    pub(crate) fn read(&self, address: u64, into: &mut [u8]) -> Result<(), Unanswered> {
+        let max = self.asking().max as usize;
+        let mut at = address;
+        for part in into.chunks_mut(max) {
+            let question = RawDma { address: at, count: part.len() as u64 };
+            let answer = self.ask(Command::DmaRead, question.as_bytes())?;
+            // Its address and count come first.
+            let data = answer.get(size_of::<RawDma>()..).filter(|data| data.len() == part.len());
+            let counted = answer.get(8..16) == Some(&question.count.to_ne_bytes());
+            part.copy_from_slice(data.filter(|_| counted).ok_or(Unanswered::Refused)?);
+            at = at.wrapping_add(part.len() as u64);
+        }
+        Ok(())
+    }
+
+    /// Writes memory of the client's. It is there when this returns, unless whoever is to answer waits for us: then it is
+    /// there before what we say next is heard.
+    pub(crate) fn write(&self, address: u64, from: &[u8]) -> Result<(), Unanswered> {
+        let max = self.asking().max as usize;
+        let mut at = address;
+        for part in from.chunks(max) {
+            let question = RawDma { address: at, count: part.len() as u64 };
+            match self.ask(Command::DmaWrite, &[question.as_bytes(), part].concat()) {
+                // It is on its way before whatever is said next.
+                Ok(_) | Err(Unanswered::Later) => {}
+                Err(refused) => return Err(refused),
+            }
+            at = at.wrapping_add(part.len() as u64);
+        }
+        Ok(())
+    }
+
+    fn ask(&self, command: Command, body: &[u8]) -> Result<Vec<u8>, Unanswered> {
+        let mut asking = self.asking();
+        let hushed = asking.hushed > 0;
+        if hushed && command == Command::DmaRead {
+            return Err(Unanswered::Later);
+        }
+        let mut id = asking.next;
+        while asking.open.contains_key(&id) {
+            id = id.wrapping_add(1);
+        }
+        asking.next = id.wrapping_add(1);
+        asking.open.insert(id, None);
+        let (command, body_len) = (command as u16, body.len() as u32);
+        let answer = if hushed { Answer::Unwanted } else { Answer::Wanted };
+        let header = Header { id, command, kind: Kind::Command, answer, error: None, body: body_len };
+        let frame = Frame { bytes: [&header.encode(), body].concat(), fds: Vec::new() };
+        let twin = asking.twin.as_ref().and_then(|twin| twin.try_clone().ok());
+        drop(asking);
+        let sent: Result<(), ChannelError<()>> = match twin {
+            Some(twin) => {
+                let _one_at_a_time = self.main.lock().unwrap_or_else(PoisonError::into_inner);
+                send_frame(twin.as_fd(), &frame)
+            }
+            None => self.send(&frame),
+        };
+        let mut asking = self.asking();
+        if sent.is_err() {
+            asking.open.remove(&id);
+            return Err(Unanswered::Refused);
+        }
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match asking.open.get_mut(&id).and_then(Option::take) {
+                Some(answer) => {
+                    asking.open.remove(&id);
+                    return answer;
+                }
+                None if asking.hushed > 0 || left.is_zero() => {
+                    asking.open.remove(&id);
+                    return Err(if left.is_zero() { Unanswered::Refused } else { Unanswered::Later });
+                }
+                None => {}
+            }
+            asking = self.answered.wait_timeout(asking, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// See [`Link::hush`].
+pub(crate) struct Hush<'l>(&'l Link);
+
+impl Drop for Hush<'_> {
+    fn drop(&mut self) {
+        self.0.asking().hushed -= 1;
+    }
+}

@@ -1,0 +1,267 @@
+//! The memory that the function was granted: what DMA_MAP said and DMA_UNMAP has not taken back.
+
+use crate::link::Link;
+use crate::wire::{DmaMap, Unmapped};
+use ringfence_dma::{BusAddr, Permission};
+use ringfence_hostmem::{Files, MapError, Part};
+use ringfence_iotlb::{self as iotlb, Fence, Iotlb};
+use rustix::io::Errno;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+/// How many DMA maps may be valid at once: what the protocol has where nobody says otherwise.
+pub const MAX_MAPS: usize = 65535;
+
+/// How long a fence is waited for in all. A visit takes microseconds, unless the memory itself does not answer; and QEMU
+/// waits five seconds for an answer.
+const FENCE_PATIENCE: Duration = Duration::from_secs(3);
+
+/// How long those are waited for that memory has been taken away from.
+const LOST_PATIENCE: Duration = Duration::from_secs(1);
+
+/// What the function may reach. Each grant that has a file is a translation; the others are in a table of their own.
+pub(crate) struct Memory {
+    // Before the files that its translations point to: a field is dropped before those below it.
+    iotlb: Arc<Iotlb>,
+    remote: Arc<Remote>,
+    /// By first address; disjoint.
+    grants: BTreeMap<u64, Grant>,
+    files: Files,
+    link: Arc<Link>,
+}
+
+struct Grant {
+    last: u64,
+    /// None: it is reached by messages.
+    part: Option<Part>,
+}
+
+/// What is reached by messages, as queues look it up.
+#[derive(Debug, Default)]
+pub(crate) struct Remote(RwLock<BTreeMap<u64, (u64, Permission)>>);
+
+impl Remote {
+    /// The grant that `addr` is in: its last address, and what it allows.
+    pub(crate) fn find(&self, addr: u64) -> Option<(u64, Permission)> {
+        let table = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        table.range(..=addr).next_back().map(|(_, &grant)| grant).filter(|&(last, _)| addr <= last)
+    }
+
+    /// Whether there is none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut BTreeMap<u64, (u64, Permission)>)) {
+        change(&mut self.0.write().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// Why memory can't be granted, or taken back.
+#[derive(Debug, thiserror::Error)]
+pub enum GrantError {
+    /// Some of it is granted already.
+    #[error("DMA_MAP of {first} to {last}: {other} of it is mapped already")]
+    Mapped {
+        /// The first address.
+        first: BusAddr,
+        /// The last.
+        last: BusAddr,
+        /// The first of a grant that it overlaps.
+        other: BusAddr,
+    },
+    /// There are as many as can be.
+    #[error("DMA_MAP of {first}: there are {MAX_MAPS} maps already")]
+    TooMany {
+        /// The first address.
+        first: BusAddr,
+    },
+    /// Its file can't be had.
+    #[error("DMA_MAP of {first} to {last}: {error}")]
+    File {
+        /// The first address.
+        first: BusAddr,
+        /// The last.
+        last: BusAddr,
+        /// Why not.
+        error: MapError,
+    },
+    /// Nothing of it was granted.
+    #[error("DMA_UNMAP of {first} to {last}: nothing is mapped there")]
+    NotMapped {
+        /// The first address.
+        first: BusAddr,
+        /// The last.
+        last: BusAddr,
+    },
+    /// A grant lies partly in it.
+    #[error("DMA_UNMAP of {first} to {last}: it would cut what is mapped at {other}")]
+    Cut {
+        /// The first address.
+        first: BusAddr,
+        /// The last.
+        last: BusAddr,
+        /// The first of the grant that it would cut.
+        other: BusAddr,
+    },
+}
+
+impl GrantError {
+    /// What the client is told.
+    pub(crate) fn errno(&self) -> Errno {
+        match self {
+            GrantError::Mapped { .. } => Errno::EXIST,
+            GrantError::TooMany { .. } => Errno::NOSPC,
+            GrantError::NotMapped { .. } => Errno::NOENT,
+            GrantError::Cut { .. } => Errno::INVAL,
+            GrantError::File { error, .. } => match error {
+                MapError::NotWritable => Errno::ACCESS,
+                MapError::NotMappable => Errno::NODEV,
+                MapError::TooMany { .. } => Errno::NOSPC,
+                MapError::Kernel(errno) => *errno,
+                _ => Errno::INVAL,
+            },
+        }
+    }
+}
+
+impl Memory {
+    /// Nothing at all.
+    pub(crate) fn new(link: Arc<Link>) -> Self {
+        // What is not in the table is a fault: nobody is to be asked for it. One more than there can be: an update makes
+        // sure of room for itself first.
+        let options = iotlb::Options { capacity: MAX_MAPS + 1, ..Default::default() };
+        Self {
+            iotlb: Iotlb::new(iotlb::Unmapped::Fault, options),
+            remote: Arc::default(),
+            grants: BTreeMap::new(),
+            files: Files::default(),
+            link,
+        }
+    }
+
+    pub(crate) fn iotlb(&self) -> &Arc<Iotlb> {
+        &self.iotlb
+    }
+
+    pub(crate) fn remote(&self) -> &Arc<Remote> {
+        &self.remote
+    }
+
+    pub(crate) fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+
+    /// How many grants there are.
+    pub(crate) fn len(&self) -> usize {
+        self.grants.len()
+    }
+
+    /// Whether a file of it was cut short. It reads as zeroes since.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.grants.values().filter_map(|grant| grant.part.as_ref()).any(Part::is_lost)
+    }
+
+    /// DMA_MAP.
+    pub(crate) fn map(&mut self, DmaMap { permission, offset, first, last, fd }: DmaMap) -> Result<(), GrantError> {
+        if let Some((&other, _)) = self.grants.range(..=last.0).next_back().filter(|(_, grant)| first.0 <= grant.last) {
+            return Err(GrantError::Mapped { first, last, other: BusAddr(other) });
+        }
+        if self.grants.len() >= MAX_MAPS {
+            return Err(GrantError::TooMany { first });
+        }
+        let part = fd.map(|fd| {
+            let len = usize::try_from(last.0 - first.0).ok().and_then(|more| more.checked_add(1));
+            let len = len.ok_or(MapError::Kernel(Errno::NOMEM))?;
+            self.files.part(fd, offset, len, permission)
+        });
+        let part = part.transpose().map_err(|error| GrantError::File { first, last, error })?;
+        match &part {
+            Some(part) => {
+                let start = NonNull::new(part.slice().as_ptr()).expect("memory is not at address 0");
+                // SAFETY: the part is mapped until its grant goes, which `unmap` and `drop` let it do only after the
+                // fence has been waited for. One that is mapped for reading alone is granted for reading alone.
+                let update = unsafe { self.iotlb.update(first, last, start, permission) };
+                // Disjoint from all that is there.
+                update.map_err(|_| GrantError::TooMany { first })?.wait();
+            }
+            None => self.remote.change(|table| {
+                table.insert(first.0, (last.0, permission));
+            }),
+        }
+        self.grants.insert(first.0, Grant { last: last.0, part });
+        Ok(())
+    }
+
+    /// DMA_UNMAP: returns when no byte of it moves any more.
+    ///
+    /// Takes a range that is one grant, as the protocol has it, or several: QEMU takes back what a guest's IOMMU forgets in
+    /// powers of two, and the kernel's own interface takes those.
+    pub(crate) fn unmap(&mut self, what: Unmapped, hurry: BorrowedFd<'_>) -> Result<(), GrantError> {
+        let (first, last) = match what {
+            Unmapped::Everything => (BusAddr(0), BusAddr(u64::MAX)),
+            Unmapped::Range { first, last } => (first, last),
+        };
+        let before = self.grants.range(..first.0).next_back().filter(|(_, grant)| first.0 <= grant.last);
+        let behind = self.grants.range(first.0..=last.0).next_back().filter(|(_, grant)| last.0 < grant.last);
+        if let Some((&other, _)) = before.or(behind) {
+            return Err(GrantError::Cut { first, last, other: BusAddr(other) });
+        }
+        let taken: BTreeSet<u64> = self.grants.range(first.0..=last.0).map(|(&first, _)| first).collect();
+        if taken.is_empty() && what != Unmapped::Everything {
+            return Err(GrantError::NotMapped { first, last });
+        }
+        // Messages on their way are given up: whoever is to answer them waits for us.
+        let _quiet = self.link.hush();
+        self.remote.change(|table| table.retain(|first, _| !taken.contains(first)));
+        let fence = self.iotlb.invalidate(first, last);
+        self.wait(fence, hurry);
+        taken.iter().for_each(|first| drop(self.grants.remove(first)));
+        Ok(())
+    }
+
+    /// Waits until no byte moves any more on the strength of what was taken away.
+    fn wait(&self, mut fence: Fence, hurry: BorrowedFd<'_>) {
+        let since = Instant::now();
+        while let Err(stuck) = fence.wait_for(Duration::from_millis(50)) {
+            if since.elapsed() >= FENCE_PATIENCE || crate::server::is_readable(hurry) {
+                tracing::error!("the client waits for its own memory: {stuck}");
+                self.take_away();
+                if fence.wait_for(LOST_PATIENCE).is_err() {
+                    self.leave_behind();
+                }
+                return;
+            }
+        }
+    }
+
+    /// A thread of ours is stuck in memory of the client's that does not answer. Then nobody has it any more, and the next
+    /// message finds it lost, which ends the connection.
+    pub(crate) fn take_away(&self) {
+        tracing::error!("granted memory does not answer, so it is taken away from the device, and the connection ends");
+        for part in self.grants.values().filter_map(|grant| grant.part.as_ref()) {
+            if !part.is_lost() && !part.take_away() {
+                tracing::error!("the kernel does not let it be taken away");
+            }
+        }
+    }
+
+    /// Not even that freed whoever is stuck. It is never unmapped, so that nothing else can be mapped there.
+    pub(crate) fn leave_behind(&self) {
+        self.grants.values().for_each(|grant| std::mem::forget(grant.part.clone()));
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // No queue is left by now. What was left behind holds its own.
+        let mut fence = self.iotlb.clear();
+        if fence.wait_for(FENCE_PATIENCE).is_err() {
+            self.take_away();
+            self.leave_behind();
+        }
+    }
+}
