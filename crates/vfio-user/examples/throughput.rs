@@ -35,6 +35,7 @@ const POLL: Duration = Duration::from_micros(50);
 const QUEUE: u16 = 256;
 
 fn main() {
+    tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_writer(std::io::stderr).init();
     let rounds = std::env::args().nth(1).map_or(10, |rounds| rounds.parse().expect("a number of rounds"));
     let mut seen = [Vec::new(), Vec::new()];
     for _ in 0..rounds {
@@ -118,7 +119,7 @@ fn over_vhost_user() -> f64 {
 fn load<T: Transport>(transport: T, memory: &SharedMemory) -> f64 {
     let mapper = Direct::new(Buffer::new(memory.slice(0, RINGS), Gpa(0)));
     let host =
-        Host { platform: Platform::X86, policy: DriverPolicy::New, physical: Some(&mapper), translated: Some(&mapper) };
+        Host { platform: Platform::X86, policy: DriverPolicy::Old, physical: Some(&mapper), translated: Some(&mapper) };
     let mut disk = Blk::start(transport, host, Options { depth: 128, segments: 2 }).expect("a disk");
     let buffer = |number: usize| {
         let at = RINGS + number % DEPTH * PIECE;
