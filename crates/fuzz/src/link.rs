@@ -290,7 +290,9 @@ fn answer_anything(stream: UnixStream, data: &[u8]) {
                     | FrontendCode::GetProtocolFeatures
                     | FrontendCode::GetQueueNum
                     | FrontendCode::GetConfig
-                    | FrontendCode::GetVringBase)
+                    | FrontendCode::GetVringBase
+                    | FrontendCode::GetStatus
+                    | FrontendCode::GetMaxMemSlots)
             );
         let Ok(request) = Request::parse(&message.header, &message.body, message.fds) else { return };
         let honest = match request {
