@@ -10,11 +10,12 @@ use ringfence_matrix::real::Cell;
 use crate::Workspace;
 use crate::steps::{Log, Pass, StepResult, say};
 
-/// What every run boots, for want of time: each platform, and each of our own server's modes on it, and old drivers; and
-/// qemu-storage-daemon behind `ringfence wrap`, where an IOMMU is demanded. Missing are QEMU's own devices and
+/// What every run boots, for want of time: each platform, and each of our own server's modes on it, and old drivers;
+/// qemu-storage-daemon behind `ringfence wrap`, where an IOMMU is demanded; and cards with the flag and without. Missing are QEMU's own devices and
 /// qemu-storage-daemon where Linux drives them, and the guest whose memory is damaged: what it dies of is never the same
 /// twice.
-const BY_DEFAULT: &str = "device=serve-blk-*|wrapped-storage-daemon-require device!=serve-blk-offer-cache";
+const BY_DEFAULT: &str =
+    "device=serve-blk-*|wrapped-storage-daemon-require|vfio-user-of* device!=serve-blk-offer-cache";
 
 /// Which guests to boot, and how: handed on to `ringfence matrix --real`.
 #[derive(Args, Clone)]

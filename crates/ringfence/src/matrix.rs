@@ -136,7 +136,7 @@ mod tests {
         let only = "platform=x86-iommu driver=new";
         run(&["--format", "json", "--output", path.to_str().unwrap(), "--only", only]).run().unwrap();
         let read: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
-        assert_eq!((read["schema"].as_u64(), read["cells"].as_array().map(Vec::len)), (Some(1), Some(5)));
+        assert_eq!((read["schema"].as_u64(), read["cells"].as_array().map(Vec::len)), (Some(1), Some(6)));
 
         assert!(run(&["--only", "platform=xen platform=x86"]).run().is_err(), "no cell is both");
         assert!(run(&["--only", "source=real"]).run().is_err(), "none without --real");
@@ -163,7 +163,7 @@ mod tests {
             let real = table.cells.iter().filter(|cell| cell.source == Source::Real).count();
             (table.cells.len() - real, real)
         };
-        assert_eq!(cells(&[]), (ringfence_matrix::Case::all().len(), 5));
+        assert_eq!(cells(&[]), (ringfence_matrix::Case::all().len(), 6));
         assert_eq!(cells(&["--only", "platform=xen device=old-emulated"]), (4, 1));
         for format in ["html", "markdown", "table"] {
             let text = stored(&["--format", format, "--only", "platform=xen"]).unwrap();
