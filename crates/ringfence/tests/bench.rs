@@ -1,5 +1,6 @@
 //! `ringfence bench` against `ringfence serve blk`: what it tells is so, and what is wrong is told.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -19,7 +20,8 @@ impl Served {
         command.args(["serve", "blk", "--log", "off", "--socket"]).arg(folder.path().join("disk.sock")).args(arguments);
         let child = command.stderr(Stdio::null()).spawn().unwrap();
         let served = Self { child, folder };
-        while !served.socket().exists() {
+        // It is there before it listens.
+        while UnixStream::connect(served.socket()).is_err() {
             std::thread::sleep(Duration::from_millis(5));
         }
         served
