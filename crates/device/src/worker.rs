@@ -375,16 +375,19 @@ fn run<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Res
     Ok(())
 }
 
-/// For how long an empty queue is looked at before the thread sleeps: as long as that is good for something. Whoever
-/// asks for one thing now and then is served by a thread that sleeps, and costs no more than that.
-struct Patience {
-    most: Duration,
-    now: Duration,
+/// For how long a thread looks for something to do before it sleeps: as long as that is good for something. Whoever asks
+/// for one thing now and then is served by a thread that sleeps, and costs no more than that.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// The most there is of it.
+    pub most: Duration,
+    /// What there is of it now.
+    pub now: Duration,
 }
 
 impl Patience {
-    /// It was given up, and then something came, so long after the queue had become empty.
-    fn learn(&mut self, idle: Duration) {
+    /// It was given up, and then something came, so long after there had been nothing more to do.
+    pub fn learn(&mut self, idle: Duration) {
         self.now = if idle < self.most { self.most } else { self.now / 2 };
         if self.now < Duration::from_micros(1) {
             self.now = Duration::ZERO;

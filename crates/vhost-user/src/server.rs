@@ -5,6 +5,7 @@ use crate::faults::Limit;
 use crate::session::{Session, SessionError, Severity};
 use crate::wire::{BackendCode, BackendRequest, Frame, FrontendCode, NeedReply, Reply, Request, WireError};
 use ringfence_device::Device;
+use ringfence_device::worker::Patience;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
@@ -311,7 +312,7 @@ impl Connection {
             fds.extend(self.backend.as_ref().map(|backend| PollFd::new(backend, PollFlags::IN)));
             match self.frontend.holds_message() {
                 true => look(&mut fds).map(drop)?,
-                false => self.patience.wait(&mut fds)?,
+                false => wait(&mut fds, &mut self.patience)?,
             }
             if !fds[0].revents().is_empty() {
                 return Ok(Ended::ByUs);
@@ -427,35 +428,24 @@ impl Connection {
     }
 }
 
-/// For how long the sockets are looked at before the thread sleeps: not at all, while messages come now and then. A
+/// Waits until one of `fds` is ready; looks for a while before it sleeps, but not while messages come now and then. A
 /// front-end that waits for each acknowledgement before it goes on, as QEMU does with every page that it gives and every
 /// range that it takes away, would else wait each time for as long as it takes to wake this thread.
-struct Patience {
-    most: Duration,
-    now: Duration,
-}
-
-impl Patience {
-    /// Until one of `fds` is ready.
-    fn wait(&mut self, fds: &mut [PollFd<'_>]) -> Result<(), Errno> {
-        let since = Instant::now();
-        while since.elapsed() < self.now {
-            if look(fds)? > 0 {
-                return Ok(());
-            }
-            // Whoever is to say something may be waiting for this very processor.
-            std::thread::yield_now();
+fn wait(fds: &mut [PollFd<'_>], patience: &mut Patience) -> Result<(), Errno> {
+    let since = Instant::now();
+    while since.elapsed() < patience.now {
+        if look(fds)? > 0 {
+            return Ok(());
         }
-        match poll(fds, None) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(error),
-        }
-        self.now = if since.elapsed() < self.most { self.most } else { self.now / 2 };
-        if self.now < Duration::from_micros(1) {
-            self.now = Duration::ZERO;
-        }
-        Ok(())
+        // Whoever is to say something may be waiting for this very processor.
+        std::thread::yield_now();
     }
+    match poll(fds, None) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(error) => return Err(error),
+    }
+    patience.learn(since.elapsed());
+    Ok(())
 }
 
 fn look(fds: &mut [PollFd<'_>]) -> Result<usize, Errno> {
