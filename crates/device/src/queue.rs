@@ -811,7 +811,7 @@ impl Slot {
                     faulted.get_or_insert(Fault { addr: descriptor.addr, access: descriptor.access, reason });
                     break;
                 };
-                match visit.resolve(at, (len - offset) as usize, descriptor.access, self.asked) {
+                match visit.resolve_part(at, (len - offset) as usize, descriptor.access, self.asked) {
                     Ok(piece) => {
                         offset += piece.len() as u64;
                         // Pages are translated one by one, and most of them follow each other here too.
@@ -829,6 +829,7 @@ impl Slot {
                         }
                         self.lacks = Some(Lack::Asked(at, descriptor.access, verdicts));
                         if misses == MISSES_AT_ONCE {
+                            visit.wait_for(at, descriptor.access);
                             return Err(Stop::Miss(first));
                         }
                         offset = offset.saturating_add(miss.covers.max(1));
@@ -839,6 +840,9 @@ impl Slot {
                     }
                 }
             }
+        }
+        if let Some(Lack::Asked(at, access, _)) = self.lacks {
+            visit.wait_for(at, access);
         }
         match (missed, faulted) {
             (Some(miss), _) => Err(Stop::Miss(miss)),

@@ -30,6 +30,29 @@ pub trait Visit {
     /// forbids `access`.
     fn resolve(&self, addr: BusAddr, len: usize, access: Access, asked: Option<Ticket>) -> Result<HostSlice<'_>, Stop>;
 
+    /// As [`Visit::resolve`], for a piece of something that is needed whole. What misses is asked for, and whoever needs it
+    /// tries the rest before [`Visit::wait_for`] says for which piece to be woken: not once for each.
+    ///
+    /// # Errors
+    /// As [`Visit::resolve`].
+    #[inline]
+    fn resolve_part(
+        &self,
+        addr: BusAddr,
+        len: usize,
+        access: Access,
+        asked: Option<Ticket>,
+    ) -> Result<HostSlice<'_>, Stop> {
+        self.resolve(addr, len, access, asked)
+    }
+
+    /// Whoever missed parts of something waits for this one of them: the last that was asked for, because answers come in
+    /// the order of questions.
+    #[inline]
+    fn wait_for(&self, addr: BusAddr, access: Access) {
+        let _ = (addr, access);
+    }
+
     /// How many questions were settled otherwise than by a translation, up to now. See [`Visit::may_have_changed`].
     #[inline]
     fn verdicts(&self) -> u64 {

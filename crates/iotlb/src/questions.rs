@@ -74,6 +74,8 @@ struct Open {
     state: State,
     /// Granted in a row without an UPDATE.
     attempts: u32,
+    /// Whether somebody is to be woken for it. Those who need several answers wait for one of them.
+    awaited: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -116,7 +118,8 @@ impl Questions {
         }
     }
 
-    /// Somebody needs `addr`, and the table has it not.
+    /// Somebody needs `addr`, and the table has it not. Whether he is to be woken for it is said by
+    /// [`Questions::wait_for`].
     pub(crate) fn miss(
         &mut self,
         addr: BusAddr,
@@ -157,6 +160,15 @@ impl Questions {
         Verdict::Wait { miss: Miss { ticket, covers }, question, retry }
     }
 
+    /// Somebody waits for the answer that brings `addr`; `false` if none is expected.
+    pub(crate) fn wait_for(&mut self, addr: u64, access: Access) -> bool {
+        let Some(at) = self.about(addr, access).map(|open| open.at) else { return false };
+        if let Some(open) = self.open[of(access)].get_mut(&page(at)) {
+            open.awaited = true;
+        }
+        true
+    }
+
     /// The open question whose answer is expected to bring `addr`, if there is one.
     fn about(&self, addr: u64, access: Access) -> Option<&Open> {
         let near = self.open[of(access)].range(self.foretold.questions(addr));
@@ -185,7 +197,7 @@ impl Questions {
         let handle = Handle { access, page: page(at), number: self.number };
         self.number += 1;
         let expected = self.foretold.answer(at);
-        let open = Open { at, expected, number: handle.number, state: State::Written, attempts };
+        let open = Open { at, expected, number: handle.number, state: State::Written, attempts, awaited: false };
         self.open[of(access)].insert(handle.page, open);
         Some(handle)
     }
@@ -235,8 +247,10 @@ impl Questions {
                 .map(|(&page, _)| page)
                 .collect();
             for page in about {
-                news = News::Some;
-                let Some(&Open { at, expected, .. }) = self.open[of(access)].get(&page) else { continue };
+                let Some(&Open { at, expected, awaited, .. }) = self.open[of(access)].get(&page) else { continue };
+                if awaited {
+                    news = News::Some;
+                }
                 if !std::mem::replace(&mut learned, true) {
                     // The first of them: those behind it are answered by the way.
                     self.foretold.learn(at, first, last);
@@ -244,11 +258,13 @@ impl Questions {
                 if expected.0 < first || last < expected.1 {
                     // Whoever waits for the rest of what was expected has to ask for it.
                     self.verdicts += 1;
+                    news = News::Some;
                 }
                 if permission.allows(access) {
                     self.open[of(access)].remove(&page);
                 } else {
                     self.lacks(access, page);
+                    news = News::Some;
                 }
             }
         }
@@ -353,8 +369,15 @@ mod tests {
             Script { questions: Questions::new(replies), mapped: None, now: Instant::now(), asked: Vec::new() }
         }
 
-        /// A try in a visit of its own; its question, if any, is passed on.
+        /// A try in a visit of its own, which is waited for; its question, if any, is passed on.
         fn look(&mut self, addr: u64, access: Access, asked: Option<Ticket>) -> Result<Miss, FaultReason> {
+            let miss = self.part(addr, access, asked)?;
+            self.questions.wait_for(addr, access);
+            Ok(miss)
+        }
+
+        /// The same for a part of something.
+        fn part(&mut self, addr: u64, access: Access, asked: Option<Ticket>) -> Result<Miss, FaultReason> {
             let now = self.now;
             match self.questions.miss(BusAddr(addr), access, asked, || now) {
                 Verdict::Wait { miss, question, .. } => {
@@ -425,6 +448,30 @@ mod tests {
             let _ = script.reply(true);
             assert!(script.is_idle());
         }
+    }
+
+    #[test]
+    fn who_needs_several_answers_is_told_of_the_one_he_waits_for() {
+        let mut script = Script::new(Replies::Each);
+        for page in [0x5000, 0x6000, 0x7000] {
+            script.part(page, Read, None).unwrap();
+        }
+        // Another one waits for the first alone.
+        script.look(0x5000, Read, None).unwrap();
+        assert!(script.questions.wait_for(0x7000, Read));
+        assert_eq!(script.asked(), 3);
+        assert_eq!(script.update(0x5000, 0x5fff, ReadWrite), News::Some);
+        assert_eq!(script.update(0x6000, 0x6fff, ReadWrite), News::None);
+        assert_eq!(script.update(0x7000, 0x7fff, ReadWrite), News::Some);
+        assert!(!script.questions.wait_for(0x7000, Read), "nothing is under way");
+        // What is no translation is told in any case.
+        script.part(0x8000, Write, None).unwrap();
+        for _ in 0..3 {
+            let _ = script.reply(true);
+        }
+        assert_eq!(script.reply(false), Some(News::Some));
+        script.part(0x9000, Write, None).unwrap();
+        assert_eq!(script.update(0x9000, 0x9fff, ReadOnly), News::Some);
     }
 
     #[test]

@@ -3,7 +3,7 @@ use crate::lease::{Holds, Lease};
 use crate::questions::{Handle, Verdict};
 use crate::sync::{AtomicBool, AtomicU64, fence, lock};
 use crate::table::Translation;
-use ringfence_dma::{Access, BusAddr, Fault, FaultReason, HostSlice, Memory, Permission, Stop, Ticket};
+use ringfence_dma::{Access, BusAddr, Fault, FaultReason, HostSlice, Memory, Miss, Permission, Stop, Ticket};
 use std::cell::{Cell, RefCell};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -192,8 +192,9 @@ impl View {
         fits(found).then_some(found)
     }
 
+    /// Asks for what is not there; `part` of something for which [`View::wait_for`] says what is waited for.
     #[cold]
-    fn miss(&self, addr: BusAddr, access: Access, asked: Option<Ticket>) -> Result<Remembered, Stop> {
+    fn miss(&self, addr: BusAddr, access: Access, asked: Option<Ticket>, part: bool) -> Result<Remembered, Stop> {
         let Some(asking) = self.iotlb.asking() else {
             // SAFETY: in a visit, as in `find`.
             let reason = match unsafe { self.iotlb.table().lookup(addr.0) } {
@@ -216,7 +217,10 @@ impl View {
         asking.verdicts.store(questions.verdicts(), Relaxed);
         match verdict {
             Verdict::Wait { miss, question, retry } => {
-                self.seat.waits.store(true, Relaxed);
+                if !part || miss.covers == Miss::NOTHING_ASKED {
+                    questions.wait_for(addr.0, access);
+                    self.seat.waits.store(true, Relaxed);
+                }
                 drop(questions);
                 self.written.borrow_mut().extend(question);
                 if let Some(retry) = retry {
@@ -226,6 +230,42 @@ impl View {
             }
             Verdict::Refused(reason) => Err(Fault { addr, access, reason }.into()),
         }
+    }
+
+    #[cold]
+    fn wait_for(&self, addr: BusAddr, access: Access) {
+        let Some(asking) = self.iotlb.asking() else { return };
+        let mut questions = lock(&asking.questions);
+        // Under the lock, as in `miss`: the answer comes after, and finds that somebody waits; or it came before.
+        self.seat.waits.store(true, Relaxed);
+        let answered = !questions.wait_for(addr.0, access);
+        drop(questions);
+        if answered {
+            self.seat.tell();
+        }
+    }
+
+    #[inline]
+    fn resolve(
+        &self,
+        addr: BusAddr,
+        len: usize,
+        access: Access,
+        asked: Option<Ticket>,
+        part: bool,
+    ) -> Result<HostSlice<'_>, Stop> {
+        let found = match self.find(addr.0, access) {
+            Some(found) => found,
+            None => self.miss(addr, access, asked, part)?,
+        };
+        // One less than the length, because the whole space has 2^64.
+        let rest = found.last - addr.0;
+        let len = if (len as u64) <= rest { len } else { rest as usize + 1 };
+        let host = std::ptr::with_exposed_provenance_mut::<u8>(found.host.wrapping_add(addr.0 - found.first) as usize);
+        let start = NonNull::new(host).expect("no mapping lies across the null pointer");
+        // SAFETY: by the contract of `Iotlb::update` the memory is good until a fence has passed that came after its
+        // removal; and the fence waits for the visit that calls this, whose borrow of the view the slice has.
+        Ok(unsafe { HostSlice::new(start, len) })
     }
 }
 
@@ -268,18 +308,22 @@ impl ringfence_dma::Visit for Visit<'_> {
 
     #[inline]
     fn resolve(&self, addr: BusAddr, len: usize, access: Access, asked: Option<Ticket>) -> Result<HostSlice<'_>, Stop> {
-        let found = match self.view.find(addr.0, access) {
-            Some(found) => found,
-            None => self.view.miss(addr, access, asked)?,
-        };
-        // One less than the length, because the whole space has 2^64.
-        let rest = found.last - addr.0;
-        let len = if (len as u64) <= rest { len } else { rest as usize + 1 };
-        let host = std::ptr::with_exposed_provenance_mut::<u8>(found.host.wrapping_add(addr.0 - found.first) as usize);
-        let start = NonNull::new(host).expect("no mapping lies across the null pointer");
-        // SAFETY: by the contract of `Iotlb::update` the memory is good until a fence has passed that came after its
-        // removal; and the fence waits for this visit, which the slice borrows.
-        Ok(unsafe { HostSlice::new(start, len) })
+        self.view.resolve(addr, len, access, asked, false)
+    }
+
+    #[inline]
+    fn resolve_part(
+        &self,
+        addr: BusAddr,
+        len: usize,
+        access: Access,
+        asked: Option<Ticket>,
+    ) -> Result<HostSlice<'_>, Stop> {
+        self.view.resolve(addr, len, access, asked, true)
+    }
+
+    fn wait_for(&self, addr: BusAddr, access: Access) {
+        self.view.wait_for(addr, access);
     }
 
     #[inline]
