@@ -44,6 +44,9 @@ pub(crate) struct SpeedArgs {
     /// Options of `ringfence serve blk`, such as "--poll 0".
     #[arg(long, default_value = "", allow_hyphen_values = true)]
     options: String,
+    /// Properties of its device in QEMU, such as "indirect_desc=off".
+    #[arg(long, default_value = "")]
+    properties: String,
 }
 
 /// Boots a guest a mode, and prints how the disks compare.
@@ -102,6 +105,7 @@ fn boot(
     let file = File::create(&console).map_err(|error| format!("{}: {error}", console.display()))?;
     let SpeedArgs { rounds, seconds, load: only, .. } = args;
     let flag = "disable-legacy=on,iommu_platform=on";
+    let properties = if args.properties.is_empty() { String::new() } else { format!(",{}", args.properties) };
     let mut command = qemu.command(Arch::Amd64);
     command
         .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-accel", "tcg", "-smp", "1"])
@@ -110,7 +114,7 @@ fn boot(
         .args(["-blockdev", &format!("driver=file,node-name=disk,filename={}", own.display())])
         .args(["-device", &format!("virtio-blk-pci,drive=disk,addr=4,{flag}")])
         .args(["-chardev", &format!("socket,id=backend,path={}", socket.display())])
-        .args(["-device", &format!("vhost-user-blk-pci,chardev=backend,addr=5,{flag}")])
+        .args(["-device", &format!("vhost-user-blk-pci,chardev=backend,addr=5,{flag}{properties}")])
         .arg("-kernel")
         .arg(&kernel.image)
         .arg("-initrd")

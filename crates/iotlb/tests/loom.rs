@@ -304,6 +304,36 @@ fn no_answer_goes_unnoticed() {
     });
 }
 
+/// Two parts of something are missed, and one of them is waited for, while both are answered: whoever waits is woken, and
+/// finds what he waits for.
+#[test]
+fn no_answer_to_a_part_goes_unnoticed() {
+    check(AtMost(3), || {
+        let iotlb = cache();
+        let woken = Arc::new(Count(AtomicUsize::new(0)));
+        let mut view = iotlb.view(Arc::clone(&woken) as Arc<dyn Wake>);
+        let queue = thread::spawn(move || {
+            let visit = view.visit();
+            let first = visit.resolve_part(OTHER, 8, Access::Read, None).is_err();
+            let last = visit.resolve_part(PAGE, 8, Access::Read, None).is_err();
+            if last {
+                visit.wait_for(PAGE, Access::Read);
+            } else if first {
+                visit.wait_for(OTHER, Access::Read);
+            }
+            drop(visit);
+            (view, first || last)
+        });
+        map(&iotlb, OTHER, 1);
+        map(&iotlb, PAGE, 0);
+        let (mut view, missed) = queue.join().unwrap();
+        assert_eq!(woken.0.load(Ordering::SeqCst), usize::from(missed));
+        for page in [OTHER, PAGE] {
+            assert!(view.visit().resolve(page, 8, Access::Read, None).is_ok());
+        }
+    });
+}
+
 /// The quick look at what was missed takes no lock: either it finds the answer, or the view is told of it.
 #[test]
 fn no_answer_escapes_a_quick_look() {

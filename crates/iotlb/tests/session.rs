@@ -77,6 +77,50 @@ fn at(number: u64) -> BusAddr {
     BusAddr(BASE + number * PAGE)
 }
 
+/// A request of three pages is one thing to wait for.
+#[test]
+fn who_waits_for_several_pages_is_woken_once() {
+    let mut world = World::new();
+    let look = |view: &mut View| {
+        let visit = view.visit();
+        let found = [0, 1, 2].map(|number| visit.resolve_part(at(number), 8, Access::Read, None).is_ok());
+        if let Some(last) = found.iter().rposition(|found| !found) {
+            visit.wait_for(at(last as u64), Access::Read);
+        }
+        found
+    };
+    assert_eq!(look(&mut world.view), [false; 3]);
+    assert_eq!(world.frontend.asked().concat().len(), 3);
+    for number in 0..2 {
+        world.map(number, Permission::ReadWrite).wait();
+        assert_eq!(world.frontend.woken(), 0, "page {number}");
+    }
+    world.map(2, Permission::ReadWrite).wait();
+    assert_eq!(world.frontend.woken(), 1);
+    assert_eq!(look(&mut world.view), [true; 3]);
+    // In another order: the last is there, and then the one that is waited for instead.
+    (0..3).for_each(|number| world.unmap(number).wait());
+    assert_eq!(look(&mut world.view), [false; 3]);
+    world.map(2, Permission::ReadWrite).wait();
+    assert_eq!(world.frontend.woken(), 1);
+    assert_eq!(look(&mut world.view), [false, false, true]);
+    world.map(0, Permission::ReadWrite).wait();
+    assert_eq!(world.frontend.woken(), 0);
+    world.map(1, Permission::ReadWrite).wait();
+    assert_eq!(world.frontend.woken(), 1);
+    // The answer was there before anybody waited for it.
+    world.unmap(0).wait();
+    let visit = world.view.visit();
+    assert!(visit.resolve_part(at(0), 8, Access::Read, None).is_err());
+    let target = NonNull::new(world.ram.slice(255 * PAGE as usize, PAGE as usize).as_ptr()).unwrap();
+    // SAFETY: as in `World::map`.
+    let mapped = unsafe { world.iotlb.update(at(0), at(0).last(PAGE).unwrap(), target, Permission::ReadWrite) };
+    assert!(mapped.is_ok());
+    assert_eq!(world.frontend.woken(), 0);
+    visit.wait_for(at(0), Access::Read);
+    assert_eq!(world.frontend.woken(), 1);
+}
+
 fn fault(addr: BusAddr, access: Access, reason: FaultReason) -> Result<(), Stop> {
     Err(Stop::Fault(Fault { addr, access, reason }))
 }
