@@ -104,6 +104,11 @@ impl<'a> Cache<'a> {
         self.programs("virtiofsd", Suite::Trixie, &["virtiofsd"])
     }
 
+    /// passt of Debian 13: Debian 12's does not speak vhost-user.
+    pub(crate) fn passt(&self) -> Result<PathBuf, Error> {
+        self.programs("passt", Suite::Trixie, &["passt"])
+    }
+
     /// A root folder with `packages` of `suite` and what they need.
     fn programs(&self, name: &str, suite: Suite, packages: &[&str]) -> Result<PathBuf, Error> {
         let folder = self.entry(&format!("{name}-{}", suite.name()), |cache, partial| {
