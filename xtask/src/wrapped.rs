@@ -7,7 +7,9 @@ mod folder;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use std::{fmt, thread};
 
 use ringfence_guests::{
     Arch, Backend, Cache, Error, Guest, Initramfs, Kernel, KernelSeries, Passt, Qemu, QemuSource, Virtiofsd,
@@ -40,29 +42,48 @@ pub(crate) fn boot(workspace: &Workspace, no_skip: bool, log: &mut Log) -> StepR
     let busybox = cache.busybox(Arch::Amd64).map_err(text)?;
     let machine = |iommu: Iommu| -> Result<Machine<'_>, String> {
         let kernel = cache.kernel(iommu.kernel(), Arch::Amd64).map_err(text)?;
-        Ok(Machine { server: workspace.target.join("release/ringfence"), qemu: &qemu, kernel, busybox: &busybox, iommu })
+        Ok(Machine {
+            server: workspace.target.join("release/ringfence"),
+            qemu: &qemu,
+            kernel,
+            busybox: &busybox,
+            iommu,
+        })
     };
     let (intel, virtio) = (machine(Iommu::Intel)?, machine(Iommu::Virtio)?);
 
-    let mut told = Vec::new();
-    let mut leg = |name: &str, run: &mut dyn FnMut(&mut Log) -> Result<(), String>| {
-        let started = Instant::now();
-        run(log).map_err(|reason| format!("{name}: {reason}"))?;
-        told.push(format!("{name}, {:.1} s", started.elapsed().as_secs_f64()));
-        Ok::<_, String>(())
-    };
-    leg("virtiofsd behind intel-iommu", &mut |log| folder::share(&intel, &virtiofsd, log))?;
-    leg("behind virtio-iommu", &mut |log| folder::share(&virtio, &virtiofsd, log))?;
-    let mut skipped = None;
-    leg("passt behind intel-iommu", &mut |log| match card::connect(&intel, &passt, log)? {
-        card::Connected::Yes => Ok(()),
+    // Two at a time, which is what the smallest machine has processors for.
+    let log = &Shared(Mutex::new(log));
+    let (first, second) = thread::scope(|scope| {
+        let first = scope.spawn(|| {
+            let folder = timed("virtiofsd behind intel-iommu", || folder::share(&intel, &virtiofsd, log));
+            folder.and_then(|(folder, ())| Ok((folder, timed("passt", || card::connect(&intel, &passt, log))?)))
+        });
+        let second = timed("virtiofsd behind virtio-iommu", || folder::share(&virtio, &virtiofsd, log));
+        (first.join().expect("a leg does not panic"), second)
+    });
+    let ((folder, (card, connected)), (other, ())) = (first?, second?);
+    match connected {
+        card::Connected::Yes => Ok(Pass::Whole([folder, other, card].join("; "))),
         card::Connected::NoPasst(reason) if no_skip => Err(reason),
-        card::Connected::NoPasst(reason) => {
-            skipped = Some(reason);
-            Ok(())
-        }
-    })?;
-    Ok(skipped.map_or_else(|| Pass::Whole(told.join("; ")), |reason| Pass::Skipped(format!("passt: {reason}"))))
+        card::Connected::NoPasst(reason) => Ok(Pass::Skipped(format!("passt: {reason}"))),
+    }
+}
+
+/// What `leg` came to, after its name and its time.
+fn timed<T>(name: &str, leg: impl FnOnce() -> Result<T, String>) -> Result<(String, T), String> {
+    let started = Instant::now();
+    let done = leg().map_err(|reason| format!("{name}: {reason}"))?;
+    Ok((format!("{name}, {:.1} s", started.elapsed().as_secs_f64()), done))
+}
+
+/// The step's log, whose entries stay whole though two guests write them.
+struct Shared<'l>(Mutex<&'l mut Log>);
+
+impl Shared<'_> {
+    fn line(&self, line: impl fmt::Display) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).line(line);
+    }
 }
 
 /// What the guest has between itself and its devices.
@@ -141,7 +162,7 @@ impl Machine<'_> {
     }
 
     /// Sees that QEMU does not even start with a device of those options when nobody stands between.
-    fn is_refused(&self, initramfs: &Path, device: &[&str], plain: &Path, log: &mut Log) -> Result<(), String> {
+    fn is_refused(&self, initramfs: &Path, device: &[&str], plain: &Path, log: &Shared<'_>) -> Result<(), String> {
         let (ended, said) = self.run(initramfs, device, plain)?;
         log.line(format_args!("without ringfence wrap: {ended}\n{said}"));
         match !ended.success() && said.contains("iommu_platform=true is not supported by the device") {
@@ -166,7 +187,7 @@ impl Machine<'_> {
         initramfs: &Path,
         device: &[&str],
         back_end: &Backend,
-        log: &mut Log,
+        log: &Shared<'_>,
     ) -> Result<String, String> {
         let socket = back_end.socket().with_extension("wrapped");
         let server = self.wrap(kind, back_end.socket(), &socket)?;
@@ -219,8 +240,12 @@ tell() { echo "<1>RINGFENCE $1=$2" >/dev/kmsg; }
 finish() { tell end "$1"; poweroff -f; sleep 60; }
 digest() { sha256sum <"$1" | cut -d' ' -f1; }
 for module in /modules/*.ko; do insmod "$module" || tell error "cannot load $module"; done
-for device in /sys/bus/virtio/devices/*; do
-    [ "$(cat "$device/device")" = "$DEVICE" ] && tell features "$(cat "$device/features")"
+# It appears once its IOMMU is there, which is not at once.
+for try in $(seq 100); do
+    for device in /sys/bus/virtio/devices/*; do
+        [ "$(cat "$device/device")" = "$DEVICE" ] && tell features "$(cat "$device/features")" && break 2
+    done
+    sleep 0.1
 done
 "#;
 

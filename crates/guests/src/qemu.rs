@@ -12,9 +12,9 @@ use crate::{tool, unpacked};
 /// Where a QEMU may come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum QemuSource {
-    /// The first that works and is not too old of: `PATH`; the distribution's own,
-    /// installed by apt where we are root and nothing present has to change;
-    /// Debian's newer one, unpacked in the cache.
+    /// The first that works and is not too old of: `PATH`; one unpacked in the
+    /// cache before; the distribution's own, installed by apt where we are root
+    /// and nothing present has to change; Debian's newer one, unpacked now.
     #[default]
     Auto,
     /// What is in `PATH`, and nothing else.
@@ -84,18 +84,20 @@ impl Qemu {
     }
 
     fn first_that_works(cache: &Cache<'_>, arches: &[Arch]) -> Result<Self, Error> {
+        const SUITE: Suite = Suite::BookwormBackports;
         if let Some(qemu) = Self::in_path(arches) {
             match qemu.too_old(arches) {
                 None => return Ok(qemu),
                 Some(old) => cache.say(&format!("the QEMU in PATH is {old}; using one unpacked in the cache")),
             }
-        } else {
+        } else if !cache.has_qemu(SUITE) {
+            // apt takes seconds to say no, which every run would wait for.
             match Self::by_apt(cache, arches) {
                 Ok(qemu) => return Ok(qemu),
                 Err(reason) => cache.say(&format!("no QEMU by apt ({reason}); using one unpacked in the cache")),
             }
         }
-        Self::unpacked(cache, Suite::BookwormBackports, arches)
+        Self::unpacked(cache, SUITE, arches)
     }
 
     fn by_apt(cache: &Cache<'_>, arches: &[Arch]) -> Result<Self, String> {

@@ -8,8 +8,7 @@ use std::{io, thread};
 
 use ringfence_guests::{Backend, Passt};
 
-use super::{BYTES, Machine, content, digest, says, script};
-use crate::steps::Log;
+use super::{BYTES, Machine, Shared, content, digest, says, script};
 
 const NETWORK: u16 = 1;
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
@@ -32,7 +31,7 @@ pub(super) enum Connected {
 }
 
 /// Has a guest take an address, fetch bytes by TCP and send some back.
-pub(super) fn connect(machine: &Machine<'_>, passt: &Passt, log: &mut Log) -> Result<Connected, String> {
+pub(super) fn connect(machine: &Machine<'_>, passt: &Passt, log: &Shared<'_>) -> Result<Connected, String> {
     let folder = tempfile::tempdir().map_err(|error| format!("cannot create a folder: {error}"))?;
     let at = |name: &str| folder.path().join(name);
     let content = content();

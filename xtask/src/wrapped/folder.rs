@@ -5,14 +5,13 @@ use std::path::Path;
 
 use ringfence_guests::{Backend, Error, Virtiofsd};
 
-use super::{BYTES, Machine, content, digest, says, script};
-use crate::steps::Log;
+use super::{BYTES, Machine, Shared, content, digest, says, script};
 
 const FILE_SYSTEM: u16 = 26;
 const DEVICE: &[&str] = &["-device", "vhost-user-fs-pci,chardev=socket,tag=shared,iommu_platform=on"];
 
 /// Has a guest mount a folder, read files and write one.
-pub(super) fn share(machine: &Machine<'_>, virtiofsd: &Virtiofsd, log: &mut Log) -> Result<(), String> {
+pub(super) fn share(machine: &Machine<'_>, virtiofsd: &Virtiofsd, log: &Shared<'_>) -> Result<(), String> {
     let text = |error: Error| error.to_string();
     let folder = tempfile::tempdir().map_err(|error| format!("cannot create a folder: {error}"))?;
     let at = |name: &str| folder.path().join(name);
