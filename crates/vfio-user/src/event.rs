@@ -67,3 +67,25 @@ impl AsFd for Event {
         self.fd.as_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{OFlags, fcntl_setfl};
+
+    /// Whoever waits here waits for ever.
+    #[test]
+    fn what_the_client_has_too_holds_nobody_up() {
+        let theirs = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let lines = [Event::of(theirs.try_clone().unwrap()).unwrap(), Event::shared().unwrap()];
+        for line in lines {
+            fcntl_setfl(&line, OFlags::empty()).unwrap();
+            assert!(!line.take());
+            rustix::io::write(&line, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+            (0..3).for_each(|_| line.ring());
+            assert!(line.is_rung() && line.take());
+            assert!(!line.take());
+        }
+        assert!(Event::of(io::pipe().unwrap().1.into()).is_err(), "a pipe can be full");
+    }
+}
