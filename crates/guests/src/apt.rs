@@ -27,6 +27,8 @@ pub(crate) fn install_if(
     if !is_in_path("apt-get") {
         return Err("no apt-get here".to_owned());
     }
+    // dpkg refuses a second one at a time rather than have it wait.
+    let _alone = cache.lock().map_err(|error| error.to_string())?;
     let scratch = cache.scratch().map_err(|error| error.to_string())?;
     let apt = Apt { scratch: scratch.path() };
     apt.run(&["update"])?;

@@ -170,7 +170,7 @@ impl<'a> Cache<'a> {
     }
 
     /// Held for as long as the file is open.
-    fn lock(&self) -> Result<File, Error> {
+    pub(crate) fn lock(&self) -> Result<File, Error> {
         let path = self.folder.join("lock");
         let file = OpenOptions::new()
             .create(true)
