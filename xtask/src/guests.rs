@@ -52,6 +52,11 @@ impl GuestArgs {
         self.no_skip
     }
 
+    /// Whether QEMU may come from wherever it is.
+    pub(crate) fn takes_any_qemu(&self) -> bool {
+        self.qemu == "auto"
+    }
+
     /// Whether the server has to be built before.
     pub(crate) fn needs_our_server(&self) -> bool {
         self.binary.is_none()

@@ -16,6 +16,7 @@ mod instructions;
 mod no_std;
 mod old_driver;
 mod patience;
+mod prefetch;
 mod report;
 mod static_program;
 mod steps;
@@ -200,6 +201,7 @@ fn run(workspace: &Workspace, keep_going: bool, steps: impl FnOnce(&mut Steps) -
 /// Cheap steps first: who broke the formatting need not wait for a guest to learn it.
 fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     const DENY: &str = "-D warnings";
+    prefetch::begin(workspace, guests);
     steps.cargo("formatting", &["fmt", "--all", "--", "--check"], &[])?;
     steps.step("bit 33 is named in policy alone", |_| bit33::run(workspace))?;
     steps.step("crates use what they may", |_| arrows::run(workspace))?;

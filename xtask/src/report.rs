@@ -86,7 +86,7 @@ fn with_browser(program: &str, folder: &Path, work: impl FnOnce(Browser) -> Step
 }
 
 /// A Chromium: the machine's, or one that apt adds.
-fn program(workspace: &Workspace) -> Result<&'static str, String> {
+pub(crate) fn program(workspace: &Workspace) -> Result<&'static str, String> {
     let present = || PROGRAMS.into_iter().find(|program| apt::is_in_path(program));
     if let Some(program) = present() {
         return Ok(program);

@@ -1,13 +1,18 @@
-//! A back-end of somebody else's behind `ringfence wrap`: virtiofsd, and a Linux guest behind intel-iommu that mounts its
-//! folder. (qemu-storage-daemon is among the real guests.)
+//! Back-ends of somebody else's behind `ringfence wrap`, and Linux guests behind an IOMMU that use them: virtiofsd and passt.
+//! (qemu-storage-daemon is among the real guests.)
+
+mod card;
+mod folder;
 
 use std::fs::{self, File};
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use std::{fmt, thread};
 
 use ringfence_guests::{
-    Arch, Backend, Cache, Error, Guest, Initramfs, Kernel, KernelSeries, Qemu, QemuSource, Virtiofsd,
+    Arch, Backend, Cache, Error, Guest, Initramfs, Kernel, KernelSeries, Passt, Qemu, QemuSource, Virtiofsd,
 };
 use ringfence_policy::IommuMode;
 use sha2::{Digest, Sha256};
@@ -22,140 +27,195 @@ const PARTING: Duration = Duration::from_secs(10);
 /// Longer than the pool has room for at a time.
 const BYTES: usize = 3 << 20;
 
-/// Boots the guest.
+/// Boots the guests.
 pub(crate) fn boot(workspace: &Workspace, no_skip: bool, log: &mut Log) -> StepResult {
     let progress = |line: &str| say(&format!("    {line}"));
     let text = |error: Error| error.to_string();
     let cache = Cache::open(&workspace.target.join("guests"), &progress).map_err(text)?;
     let found = Qemu::find(&cache, QemuSource::Auto, &[Arch::Amd64]);
-    let found = found.and_then(|qemu| Ok((qemu, Virtiofsd::unpacked(&cache)?)));
-    let (qemu, virtiofsd) = match found {
+    let found = found.and_then(|qemu| Ok((qemu, Virtiofsd::unpacked(&cache)?, Passt::unpacked(&cache)?)));
+    let (qemu, virtiofsd, passt) = match found {
         Ok(found) => found,
         Err(error) if error.is_missing_tool() && !no_skip => return Ok(Pass::Skipped(error.to_string())),
         Err(error) => return Err(error.to_string()),
     };
-    let kernel = cache.kernel(KernelSeries::V6_1, Arch::Amd64).map_err(text)?;
     let busybox = cache.busybox(Arch::Amd64).map_err(text)?;
-    let started = Instant::now();
-    shared_folder(workspace, &qemu, &virtiofsd, (&kernel, &busybox), log)?;
-    Ok(Pass::Whole(format!("virtiofsd behind intel-iommu, {:.1} s", started.elapsed().as_secs_f64())))
-}
-
-fn shared_folder(
-    workspace: &Workspace,
-    qemu: &Qemu,
-    virtiofsd: &Virtiofsd,
-    (kernel, busybox): (&Kernel, &Path),
-    log: &mut Log,
-) -> Result<(), String> {
-    let text = |error: Error| error.to_string();
-    let folder = tempfile::tempdir().map_err(|error| format!("cannot create a folder: {error}"))?;
-    let at = |name: &str| folder.path().join(name);
-    let io = |path: &Path| format!("{}: ", path.display());
-    let shared = at("shared");
-    fs::create_dir_all(shared.join("below")).map_err(|error| io(&shared) + &error.to_string())?;
-    let content = content();
-    for name in ["large", "below/small"] {
-        let (path, len) = (shared.join(name), if name == "large" { BYTES } else { 100 });
-        fs::write(&path, &content[..len]).map_err(|error| io(&path) + &error.to_string())?;
-    }
-    let initramfs = at("initramfs");
-    let archive = Initramfs::of_script(kernel, busybox, SCRIPT, &["virtio_pci", "virtiofs"]).map_err(text)?;
-    fs::write(&initramfs, archive.bytes()).map_err(|error| io(&initramfs) + &error.to_string())?;
-
-    let (plain, socket) = (at("plain"), at("socket"));
-    let back_end = Backend::start(virtiofsd.share(&shared, &plain), &plain, &at("virtiofsd-log")).map_err(text)?;
-
-    // Without anybody between the two QEMU does not even start.
-    let console = at("refused");
-    let ended = run(qemu, kernel, &initramfs, &plain, &console)?;
-    let said = read(&console)?;
-    log.line(format_args!("without ringfence wrap: {ended}\n{said}"));
-    if ended.success() || !said.contains("iommu_platform=true is not supported by the device") {
-        return Err(format!("QEMU takes virtiofsd as it is with iommu_platform=on: {ended}"));
-    }
-    // It served that front-end, which left, and then ends by itself.
-    drop(back_end);
-    let _ = fs::remove_file(&plain);
-    let back_end = Backend::start(virtiofsd.share(&shared, &plain), &plain, &at("virtiofsd-log")).map_err(text)?;
-
-    let mut wrap = Command::new(workspace.target.join("release/ringfence"));
-    wrap.args(["wrap", "--device", "fs", "--iommu", "require", "--pool", "1M", "--backend"]).arg(&plain);
-    wrap.arg("--socket").arg(&socket);
-    let server = Backend::start(wrap, &socket, &at("log")).map_err(text)?;
-    let console = at("console");
-    let ended = run(qemu, kernel, &initramfs, &socket, &console)?;
-    let said = read(&console)?;
-    let counted = |line: &str| line.contains("misses=");
-    server.logs(PARTING, counted);
-    log.line(format_args!("{said}\n--- ringfence wrap\n{}\n--- virtiofsd\n{}", server.log(), back_end.log()));
-    judge(&said, &content, &shared).map_err(|reason| format!("{reason}; QEMU {ended}"))?;
-    let misses = server.log().lines().filter(|line| counted(line) && !line.contains("misses=0 ")).count();
-    if misses == 0 {
-        return Err("nothing was translated".to_owned());
-    }
-    match server.end().map_err(text)? {
-        status if status.success() => Ok(()),
-        status => Err(format!("ringfence wrap answered SIGTERM with {status}")),
-    }
-}
-
-fn read(path: &Path) -> Result<String, String> {
-    let bytes = fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
-}
-
-/// Boots with a folder at `socket`, and everything that is said in `console`.
-fn run(
-    qemu: &Qemu,
-    kernel: &Kernel,
-    initramfs: &Path,
-    socket: &Path,
-    console: &Path,
-) -> Result<std::process::ExitStatus, String> {
-    let file = File::create(console).map_err(|error| format!("{}: {error}", console.display()))?;
-    let mut command = qemu.command(Arch::Amd64);
-    command
-        .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-accel", "tcg"])
-        .args(["-object", "memory-backend-memfd,id=memory,size=256M,share=on", "-m", "256M"])
-        .args(["-machine", "q35,kernel-irqchip=split,memory-backend=memory", "-device", "intel-iommu"])
-        .args(["-chardev", &format!("socket,id=folder,path={}", socket.display())])
-        .args(["-device", "vhost-user-fs-pci,chardev=folder,tag=shared,iommu_platform=on"])
-        .arg("-kernel")
-        .arg(&kernel.image)
-        .arg("-initrd")
-        .arg(initramfs)
-        .args(["-append", "console=ttyS0 panic=-1 loglevel=5 no_timer_check intel_iommu=on"])
-        .stderr(file.try_clone().map_err(|error| error.to_string())?)
-        .stdout(file);
-    wait(&mut command)
-}
-
-fn judge(console: &str, content: &[u8], shared: &Path) -> Result<(), String> {
-    let guest = Guest::parse(console);
-    let says = |key: &str, wanted: &str| {
-        let line = format!("RINGFENCE {key}={wanted}");
-        match console.lines().any(|said| said.trim_end().ends_with(&line)) {
-            true => Ok(()),
-            false => Err(format!("the guest does not say {line}")),
-        }
+    let machine = |iommu: Iommu| -> Result<Machine<'_>, String> {
+        let kernel = cache.kernel(iommu.kernel(), Arch::Amd64).map_err(text)?;
+        Ok(Machine {
+            server: workspace.target.join("release/ringfence"),
+            qemu: &qemu,
+            kernel,
+            busybox: &busybox,
+            iommu,
+        })
     };
-    says("end", "done")?;
-    says("large", &digest(content))?;
-    says("small", &digest(&content[..100]))?;
-    says("names", "below large")?;
-    let flag = IommuMode::Offer.offers(0).trailing_zeros();
-    if guest.features.is_none_or(|features| !features.has(flag)) {
-        return Err(format!("bit {flag} was not taken"));
+    let (intel, virtio) = (machine(Iommu::Intel)?, machine(Iommu::Virtio)?);
+
+    // Two at a time, which is what the smallest machine has processors for.
+    let log = &Shared(Mutex::new(log));
+    let (first, second) = thread::scope(|scope| {
+        let first = scope.spawn(|| {
+            let folder = timed("virtiofsd behind intel-iommu", || folder::share(&intel, &virtiofsd, log));
+            folder.and_then(|(folder, ())| Ok((folder, timed("passt", || card::connect(&intel, &passt, log))?)))
+        });
+        let second = timed("virtiofsd behind virtio-iommu", || folder::share(&virtio, &virtiofsd, log));
+        (first.join().expect("a leg does not panic"), second)
+    });
+    let ((folder, (card, connected)), (other, ())) = (first?, second?);
+    match connected {
+        card::Connected::Yes => Ok(Pass::Whole([folder, other, card].join("; "))),
+        card::Connected::NoPasst(reason) if no_skip => Err(reason),
+        card::Connected::NoPasst(reason) => Ok(Pass::Skipped(format!("passt: {reason}"))),
     }
-    let written = shared.join("below/written");
-    let found = fs::read(&written).map_err(|error| format!("{}: {error}", written.display()))?;
-    // The large one backwards by halves, and the small one behind it.
-    let (first, second) = content.split_at(BYTES / 2);
-    if found != [second, first, &content[..100]].concat() {
-        return Err("what the guest wrote is not what is there".to_owned());
+}
+
+/// What `leg` came to, after its name and its time.
+fn timed<T>(name: &str, leg: impl FnOnce() -> Result<T, String>) -> Result<(String, T), String> {
+    let started = Instant::now();
+    let done = leg().map_err(|reason| format!("{name}: {reason}"))?;
+    Ok((format!("{name}, {:.1} s", started.elapsed().as_secs_f64()), done))
+}
+
+/// The step's log, whose entries stay whole though two guests write them.
+struct Shared<'l>(Mutex<&'l mut Log>);
+
+impl Shared<'_> {
+    fn line(&self, line: impl fmt::Display) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).line(line);
     }
-    Ok(())
+}
+
+/// What the guest has between itself and its devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Iommu {
+    Intel,
+    Virtio,
+}
+
+impl Iommu {
+    /// The oldest here that drives it.
+    fn kernel(self) -> KernelSeries {
+        match self {
+            Self::Intel => KernelSeries::V6_1,
+            Self::Virtio => KernelSeries::V6_12,
+        }
+    }
+
+    fn device(self) -> &'static str {
+        match self {
+            Self::Intel => "intel-iommu",
+            Self::Virtio => "virtio-iommu-pci",
+        }
+    }
+
+    /// The modules that come before the device's own driver.
+    fn modules(self) -> &'static [&'static str] {
+        match self {
+            Self::Intel => &["virtio_pci"],
+            Self::Virtio => &["virtio_pci", "virtio_iommu"],
+        }
+    }
+}
+
+/// What runs the guests, and what is wrapped.
+struct Machine<'a> {
+    /// `ringfence`.
+    server: PathBuf,
+    qemu: &'a Qemu,
+    kernel: Kernel,
+    busybox: &'a Path,
+    iommu: Iommu,
+}
+
+impl Machine<'_> {
+    /// Writes a guest whose only program is `script` to `path`, with the module of its device.
+    fn write_guest(&self, script: &str, module: &str, path: &Path) -> Result<(), String> {
+        let modules = [self.iommu.modules(), &[module]].concat();
+        let archive = Initramfs::of_script(&self.kernel, self.busybox, script, &modules);
+        let archive = archive.map_err(|error| error.to_string())?;
+        fs::write(path, archive.bytes()).map_err(|error| format!("{}: {error}", path.display()))
+    }
+
+    /// Boots with a device of those options at `socket`; how QEMU ended, and all that was said.
+    fn run(&self, initramfs: &Path, device: &[&str], socket: &Path) -> Result<(ExitStatus, String), String> {
+        let console = socket.with_extension("console");
+        let failed = |error: std::io::Error| format!("{}: {error}", console.display());
+        let file = File::create(&console).map_err(failed)?;
+        let mut command = self.qemu.command(Arch::Amd64);
+        command
+            .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-accel", "tcg"])
+            .args(["-object", "memory-backend-memfd,id=memory,size=256M,share=on", "-m", "256M"])
+            .args(["-machine", "q35,kernel-irqchip=split,memory-backend=memory", "-device", self.iommu.device()])
+            .args(["-chardev", &format!("socket,id=socket,path={}", socket.display())])
+            .args(device)
+            .arg("-kernel")
+            .arg(&self.kernel.image)
+            .arg("-initrd")
+            .arg(initramfs)
+            .args(["-append", "console=ttyS0 panic=-1 loglevel=5 no_timer_check intel_iommu=on"])
+            .stderr(file.try_clone().map_err(failed)?)
+            .stdout(file);
+        let ended = wait(&mut command)?;
+        let said = fs::read(&console).map_err(failed)?;
+        Ok((ended, String::from_utf8_lossy(&said).into_owned()))
+    }
+
+    /// Sees that QEMU does not even start with a device of those options when nobody stands between.
+    fn is_refused(&self, initramfs: &Path, device: &[&str], plain: &Path, log: &Shared<'_>) -> Result<(), String> {
+        let (ended, said) = self.run(initramfs, device, plain)?;
+        log.line(format_args!("without ringfence wrap: {ended}\n{said}"));
+        match !ended.success() && said.contains("iommu_platform=true is not supported by the device") {
+            true => Ok(()),
+            false => Err(format!("QEMU takes the back-end as it is with iommu_platform=on: {ended}")),
+        }
+    }
+
+    /// Starts `ringfence wrap` before `plain`.
+    fn wrap(&self, kind: &str, plain: &Path, socket: &Path) -> Result<Backend, String> {
+        let mut wrap = Command::new(&self.server);
+        wrap.args(["wrap", "--device", kind, "--iommu", "require", "--pool", "1M", "--backend"]).arg(plain);
+        wrap.arg("--socket").arg(socket);
+        Backend::start(wrap, socket, &socket.with_extension("log")).map_err(|error| error.to_string())
+    }
+
+    /// Boots with the device behind `ringfence wrap`, which leaves in order after; what the guest said, which has taken the
+    /// flag, and whose every access was translated.
+    fn run_wrapped(
+        &self,
+        kind: &str,
+        initramfs: &Path,
+        device: &[&str],
+        back_end: &Backend,
+        log: &Shared<'_>,
+    ) -> Result<String, String> {
+        let socket = back_end.socket().with_extension("wrapped");
+        let server = self.wrap(kind, back_end.socket(), &socket)?;
+        let (ended, said) = self.run(initramfs, device, &socket)?;
+        let counted = |line: &str| line.contains("misses=");
+        server.logs(PARTING, counted);
+        log.line(format_args!("{said}\n--- ringfence wrap\n{}\n--- back-end\n{}", server.log(), back_end.log()));
+        let flag = IommuMode::Offer.offers(0).trailing_zeros();
+        if Guest::parse(&said).features.is_none_or(|features| !features.has(flag)) {
+            return Err(format!("bit {flag} was not taken; QEMU {ended}"));
+        }
+        if !server.log().lines().any(|line| counted(line) && !line.contains("misses=0 ")) {
+            return Err(format!("nothing was translated; QEMU {ended}"));
+        }
+        match server.end().map_err(|error| error.to_string())? {
+            status if status.success() => Ok(said),
+            status => Err(format!("ringfence wrap answered SIGTERM with {status}")),
+        }
+    }
+}
+
+/// Whether the guest said that `key` is `wanted`.
+fn says(said: &str, key: &str, wanted: &str) -> Result<(), String> {
+    let line = format!("RINGFENCE {key}={wanted}");
+    match said.lines().any(|said| said.trim_end().ends_with(&line)) {
+        true => Ok(()),
+        false => Err(format!("the guest does not say {line}")),
+    }
 }
 
 fn digest(bytes: &[u8]) -> String {
@@ -168,7 +228,9 @@ fn content() -> Vec<u8> {
     words.flat_map(u64::to_le_bytes).collect()
 }
 
-const SCRIPT: &str = r#"#!/bin/busybox sh
+/// How every guest's script begins: `tell`, `finish`, `digest`, its modules loaded, and the features of the device of type
+/// `$DEVICE` told.
+const PRELUDE: &str = r#"#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin
 mount -t proc proc /proc
@@ -176,20 +238,18 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 tell() { echo "<1>RINGFENCE $1=$2" >/dev/kmsg; }
 finish() { tell end "$1"; poweroff -f; sleep 60; }
-for module in /modules/*.ko; do insmod "$module" || tell error "cannot load $module"; done
-for device in /sys/bus/virtio/devices/*; do
-    [ "$(cat "$device/device")" = 0x001a ] && tell features "$(cat "$device/features")"
-done
-mkdir /shared
-mount -t virtiofs shared /shared || finish failed
 digest() { sha256sum <"$1" | cut -d' ' -f1; }
-tell names "$(ls /shared | xargs)"
-tell large "$(digest /shared/large)"
-tell small "$(digest /shared/below/small)"
-half=$(($(stat -c %s /shared/large) / 2 / 4096))
-{ dd if=/shared/large bs=4096 skip=$half; dd if=/shared/large bs=4096 count=$half; cat /shared/below/small; } \
-    2>/dev/null >/shared/below/written || finish failed
-sync
-umount /shared || finish failed
-finish done
+for module in /modules/*.ko; do insmod "$module" || tell error "cannot load $module"; done
+# It appears once its IOMMU is there, which is not at once.
+for try in $(seq 100); do
+    for device in /sys/bus/virtio/devices/*; do
+        [ "$(cat "$device/device")" = "$DEVICE" ] && tell features "$(cat "$device/features")" && break 2
+    done
+    sleep 0.1
+done
 "#;
+
+/// A guest's script.
+fn script(device: u16, rest: &str) -> String {
+    PRELUDE.replace("$DEVICE", &format!("0x{device:04x}")) + rest
+}

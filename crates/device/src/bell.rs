@@ -14,8 +14,17 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 #[derive(Debug)]
 pub struct Bell {
     fd: OwnedFd,
-    /// Gone where the kernel gives none, as in some containers.
-    ring: Option<Ringer>,
+    with: With,
+}
+
+/// What a bell is rung with.
+#[derive(Debug)]
+enum With {
+    /// Not rung yet: many never are.
+    Nothing,
+    Ring(Box<Ringer>),
+    /// Where the kernel gives no `io_uring`, as in some containers.
+    Write,
 }
 
 struct Ringer(IoUring);
@@ -29,17 +38,23 @@ impl std::fmt::Debug for Ringer {
 impl Bell {
     /// Rings `fd`. Where `io_uring` is not to be had it is looked at before each write: a stranger then needs luck.
     pub fn new(fd: OwnedFd) -> Self {
-        let ring = Ringer::new(fd.as_fd()).inspect_err(|error| {
-            tracing::debug!("no io_uring to ring with: {error}");
-        });
-        Self { fd, ring: ring.ok() }
+        Self { fd, with: With::Nothing }
     }
 
     /// Adds one. One that is full already says what it should.
     pub fn ring(&mut self) {
-        match &mut self.ring {
-            Some(ring) => ring.ring(),
-            None => {
+        if let With::Nothing = self.with {
+            self.with = Ringer::new(self.fd.as_fd()).map_or_else(
+                |error| {
+                    tracing::debug!("no io_uring to ring with: {error}");
+                    With::Write
+                },
+                |ring| With::Ring(Box::new(ring)),
+            );
+        }
+        match &mut self.with {
+            With::Ring(ring) => ring.ring(),
+            With::Nothing | With::Write => {
                 let mut room = [PollFd::new(&self.fd, PollFlags::OUT)];
                 if poll(&mut room, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(1) {
                     let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
@@ -88,7 +103,7 @@ mod tests {
 
     fn bells() -> [Bell; 2] {
         let bell = || Bell::new(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
-        [bell(), Bell { ring: None, ..bell() }]
+        [bell(), Bell { with: With::Write, ..bell() }]
     }
 
     fn count(bell: &Bell) -> u64 {

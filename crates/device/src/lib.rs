@@ -10,6 +10,7 @@ mod device;
 mod request;
 
 pub mod blk;
+pub mod eventfd;
 pub mod queue;
 pub mod rng;
 pub mod storage;

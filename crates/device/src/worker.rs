@@ -1,10 +1,11 @@
 //! The thread that serves a queue: busy while there is work, for a short while after, and then asleep until the driver
 //! rings, a translation arrives or storage completes.
 
+use crate::Bell;
+use crate::eventfd::{hush, ring};
 use crate::queue::{Broken, Look, Queue, Stopped};
 use ringfence_dma::Memory;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
@@ -56,7 +57,8 @@ pub struct Control {
     end: Mutex<Option<End>>,
     /// Readable once the thread touches no memory any more.
     ended: OwnedFd,
-    call: Mutex<Option<Arc<OwnedFd>>>,
+    /// What the thread is to ring from now on, once `call_changed` says that there is something new.
+    call: Mutex<Option<OwnedFd>>,
     call_changed: AtomicBool,
 }
 
@@ -102,8 +104,8 @@ impl Control {
             patience: AtomicU64::new(u64::MAX),
             end: Mutex::new(None),
             ended: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
-            call: Mutex::new(call.map(Arc::new)),
-            call_changed: AtomicBool::new(false),
+            call: Mutex::new(call),
+            call_changed: AtomicBool::new(true),
         }))
     }
 
@@ -115,16 +117,19 @@ impl Control {
 
     /// From now on the driver is told by `call`; `None`: it looks by itself.
     pub fn set_call(&self, call: Option<OwnedFd>) {
-        // What was used since the last one may have been told to nobody.
-        if let Some(call) = &call {
-            ring(call.as_fd());
-        }
-        *self.call.lock().unwrap_or_else(PoisonError::into_inner) = call.map(Arc::new);
+        *self.call.lock().unwrap_or_else(PoisonError::into_inner) = call;
         self.call_changed.store(true, Ordering::Release);
+        // What was used since the last one may have been told to nobody; the thread rings the new one.
+        self.rouse();
     }
 
-    fn call(&self) -> Option<Arc<OwnedFd>> {
-        self.call.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Has `call` be what the driver is told by now; whether it is another.
+    fn renew(&self, call: &mut Option<Bell>) -> bool {
+        let changed = self.call_changed.load(Ordering::Relaxed) && self.call_changed.swap(false, Ordering::Acquire);
+        if changed {
+            *call = self.call.lock().unwrap_or_else(PoisonError::into_inner).take().map(Bell::new);
+        }
+        changed
     }
 
     /// Storage is waited for no longer than this: who knows that it hangs need not wait for it again.
@@ -247,22 +252,24 @@ impl Drop for Ended<'_> {
 }
 
 fn serve<M: Memory>(mut queue: Queue<M>, control: &Control, bells: &Bells) {
-    if let Err(broken) = run(&mut queue, control, bells) {
+    let mut call = None;
+    if let Err(broken) = run(&mut queue, control, bells, &mut call) {
         queue.report(&broken);
         tracing::error!(
             queue = std::thread::current().name().unwrap_or_default(),
             "queue stopped: {broken}; a device reset starts it again"
         );
-        if let Some(error) = &bells.error {
-            ring(error.as_fd());
+        if let Some(error) = bells.error.as_ref().and_then(|error| error.try_clone().ok()) {
+            Bell::new(error).ring();
         }
     }
     let rests = drain(&mut queue, control) || give_up(&mut queue);
     // A ring that can't be reached any more has been given up by its driver.
-    if queue.flush() == Ok(true)
-        && let Some(call) = control.call()
+    let flushed = queue.flush() == Ok(true);
+    if (control.renew(&mut call) || flushed)
+        && let Some(call) = &mut call
     {
-        ring(call.as_fd());
+        call.ring();
     }
     let (stopped, leftover) = queue.stop();
     *control.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(End { stopped, rests });
@@ -320,16 +327,19 @@ fn wait<M: Memory>(queue: &Queue<M>, at_most: Timespec) {
     let _ = poll(&mut Vec::from_iter(completion), Some(&timeout));
 }
 
-fn run<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Result<(), Broken> {
-    let mut call = control.call();
+/// Serves `queue` until it is told to stop; `call` is what it rings.
+fn run<M: Memory>(
+    queue: &mut Queue<M>,
+    control: &Control,
+    bells: &Bells,
+    call: &mut Option<Bell>,
+) -> Result<(), Broken> {
     let mut patience = Patience { most: bells.poll, now: bells.poll };
     let mut idle_since: Option<Instant> = None;
     let mut looks = 0;
-    // What an earlier run left is tried at once, and what that one used is told of: it may not have been.
+    // What an earlier run left is tried at once, and what that one used is told of, by a call that is new: it may not have
+    // been.
     let mut tried = None;
-    if let Some(call) = &call {
-        ring(call.as_fd());
-    }
     queue.ignore()?;
     while !control.stop.load(Ordering::Acquire) {
         let news = control.news.load(Ordering::Relaxed) && control.news.swap(false, Ordering::Acquire);
@@ -343,13 +353,10 @@ fn run<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Res
             (false, true) => Look::Quick,
             (false, false) => Look::Not,
         })?;
-        if control.call_changed.load(Ordering::Relaxed) && control.call_changed.swap(false, Ordering::Acquire) {
-            call = control.call();
-        }
-        if turn.notify
-            && let Some(call) = &call
+        if (control.renew(call) || turn.notify)
+            && let Some(call) = call
         {
-            ring(call.as_fd());
+            call.ring();
         }
         if turn.worked {
             (idle_since, looks) = (None, 0);
@@ -403,7 +410,7 @@ fn nap<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Res
     control.sleeping.store(true, Ordering::Relaxed);
     // Orders `sleeping` before the look at the flags; see `Control::rouse`.
     fence(Ordering::SeqCst);
-    if !control.stop.load(Ordering::Relaxed) && !control.news.load(Ordering::Relaxed) {
+    if [&control.stop, &control.news, &control.call_changed].iter().all(|flag| !flag.load(Ordering::Relaxed)) {
         let timeout = match (queue.is_waiting(), &bells.kick) {
             (_, None) => Some(&LOOKING_NAP),
             (true, _) => Some(&WAITING_NAP),
@@ -431,15 +438,4 @@ fn nap<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Res
         return Ok(());
     }
     queue.ignore()
-}
-
-/// Adds one to an eventfd. One that is full already says what it should.
-fn ring(bell: BorrowedFd<'_>) {
-    let _ = rustix::io::write(bell, &1u64.to_ne_bytes());
-}
-
-/// Empties an eventfd, which is non-blocking.
-fn hush(bell: BorrowedFd<'_>) {
-    let mut count = [0; 8];
-    while rustix::io::read(bell, &mut count) == Err(Errno::INTR) {}
 }

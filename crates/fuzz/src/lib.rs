@@ -9,6 +9,7 @@ mod flat;
 mod frontend;
 mod iotlb;
 mod link;
+mod plain;
 mod ring;
 mod wire;
 mod wrap;

@@ -2,17 +2,15 @@
 
 use crate::Bytes;
 use crate::frontend::{drain, send};
+use crate::plain::Told;
 use ringfence_device::Device;
 use ringfence_device::blk::{self, Blk};
 use ringfence_device::storage::Memory;
-use ringfence_hostmem::Regions;
 use ringfence_policy::IommuMode;
 use ringfence_ring::Format;
 use ringfence_vhost_user::channel::{Channel, Received};
 use ringfence_vhost_user::server::{self, Keep, Server};
-use ringfence_vhost_user::wire::{
-    Frame, FrontendCode, Header, Kind as What, NeedReply, ProtocolFeatures, Reply, Request, VringAddr,
-};
+use ringfence_vhost_user::wire::{Frame, FrontendCode, Header, Kind as What, NeedReply, Reply, Request};
 use ringfence_wrap::{Kind, MIN_POOL, OnError, Options, Wrapped};
 use rustix::event::{PollFd, PollFlags, poll};
 use std::net::Shutdown;
@@ -79,18 +77,6 @@ impl Drop for Honest {
     }
 }
 
-/// What a back-end was told.
-#[derive(Default)]
-struct Told {
-    memory: Regions,
-    ring: Option<VringAddr>,
-    size: u16,
-    call: Option<OwnedFd>,
-    kick: Option<OwnedFd>,
-    /// How many entries it has used.
-    used: u16,
-}
-
 /// A back-end that answers as it should and does to its memory what bytes say.
 pub(crate) struct BackEnd {
     socket: PathBuf,
@@ -105,15 +91,15 @@ impl BackEnd {
         let folder = tempfile::tempdir().expect("a folder");
         let socket = folder.path().join("back-end");
         let listener = UnixListener::bind(&socket).expect("a path of our own");
-        let told = Arc::<Mutex<Told>>::default();
+        let rings = u64::from(choice & 7) << 28 & 0x3000_0000 | u64::from(choice >> 2 & 1) << 34;
+        let told = Arc::new(Mutex::new(Told::new(rings, [1; 64])));
         let thread = std::thread::spawn({
             let told = Arc::clone(&told);
             move || {
                 let Ok((stream, _)) = listener.accept() else { return };
                 drop(listener);
-                let rings = u64::from(choice & 7) << 28 & 0x3000_0000 | u64::from(choice >> 2 & 1) << 34;
                 answer_all(Channel::new(stream.into()), |request| {
-                    told.lock().unwrap_or_else(PoisonError::into_inner).hear(request, rings)
+                    told.lock().unwrap_or_else(PoisonError::into_inner).hear(request)
                 });
             }
         });
@@ -189,34 +175,6 @@ impl Drop for BackEnd {
     }
 }
 
-impl Told {
-    fn hear(&mut self, request: Request, rings: u64) -> Option<Reply> {
-        match request {
-            Request::GetFeatures => return Some(Reply::U64(1 << 32 | 1 << 30 | rings)),
-            Request::GetProtocolFeatures => {
-                let features = ProtocolFeatures::MQ | ProtocolFeatures::REPLY_ACK | ProtocolFeatures::CONFIG;
-                return Some(Reply::U64(features.bits()));
-            }
-            Request::GetQueueNum => return Some(Reply::U64(1)),
-            Request::GetConfig { size, .. } if size > 64 => return Some(Reply::NoConfig),
-            Request::GetConfig { offset, size, flags } => {
-                return Some(Reply::Config { offset, flags, data: vec![1; size as usize] });
-            }
-            Request::SetMemTable(table) => self.memory = Regions::new(table).expect("memory that can be had"),
-            Request::SetVringNum { num, .. } => self.size = num as u16,
-            Request::SetVringAddr(addresses) => (self.ring, self.used) = (Some(addresses), 0),
-            Request::SetVringKick(vring) => self.kick = vring.fd,
-            Request::SetVringCall(vring) => self.call = vring.fd,
-            Request::GetVringBase { index } => {
-                self.ring = None;
-                return Some(Reply::VringBase { index, base: 0 });
-            }
-            _ => {}
-        }
-        None
-    }
-}
-
 /// Answers one message after the other until the front-end leaves.
 fn answer_all(mut channel: Channel, mut hear: impl FnMut(Request) -> Option<Reply>) {
     loop {
@@ -272,7 +230,7 @@ fn answer_anything(stream: UnixStream, data: &[u8]) {
     let bytes = &mut Bytes::new(data);
     let mut channel: Channel = Channel::new(OwnedFd::from(stream));
     let mut own: Option<OwnedFd> = None;
-    let mut told = Told::default();
+    let mut told = Told::new(0x3000_0000, [1; 64]);
     loop {
         if !channel.holds_message() {
             let _ = poll(&mut [PollFd::new(&channel, PollFlags::IN)], None);
@@ -301,7 +259,7 @@ fn answer_anything(stream: UnixStream, data: &[u8]) {
                 None
             }
             Request::GetProtocolFeatures => Some(Reply::U64(u64::MAX)),
-            request => told.hear(request, 0x3000_0000),
+            request => told.hear(request),
         };
         // Whoever has no more to say leaves: an answer that never comes is waited for, which is no finding.
         if bytes.is_empty() && has_answer {

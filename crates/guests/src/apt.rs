@@ -11,12 +11,24 @@ use crate::tool;
 /// Installs packages, `what` in words, from the machine's own sources; a reason in words when that cannot be had without
 /// changing what is installed.
 pub fn install(cache: &Cache<'_>, what: &str, packages: &[&str]) -> Result<(), String> {
+    install_if(cache, what, packages, |_, _| Ok(()))
+}
+
+/// The same, unless `suits` has a reason against one of the packages that would come, by its name and version.
+pub(crate) fn install_if(
+    cache: &Cache<'_>,
+    what: &str,
+    packages: &[&str],
+    suits: impl Fn(&str, &str) -> Result<(), String>,
+) -> Result<(), String> {
     if !rustix::process::geteuid().is_root() {
         return Err("not root".to_owned());
     }
     if !is_in_path("apt-get") {
         return Err("no apt-get here".to_owned());
     }
+    // dpkg refuses a second one at a time rather than have it wait.
+    let _alone = cache.lock().map_err(|error| error.to_string())?;
     let scratch = cache.scratch().map_err(|error| error.to_string())?;
     let apt = Apt { scratch: scratch.path() };
     apt.run(&["update"])?;
@@ -26,6 +38,7 @@ pub fn install(cache: &Cache<'_>, what: &str, packages: &[&str]) -> Result<(), S
     if let Some(change) = plan.lines().find(|line| changes_the_machine(line)) {
         return Err(format!("it would change what is installed: {change}"));
     }
+    plan.lines().filter_map(added).try_for_each(|(package, version)| suits(package, version))?;
     cache.say(&format!("installing {what} by apt"));
     apt.run(&install).map(drop)
 }
@@ -40,6 +53,13 @@ fn changes_the_machine(line: &str) -> bool {
     // `Inst name [old] (new …)` is an upgrade; a new package has no `[old]`.
     let replaces = |rest: &str| rest.split_whitespace().nth(1).is_some_and(|word| word.starts_with('['));
     line.starts_with("Remv ") || line.strip_prefix("Inst ").is_some_and(replaces)
+}
+
+/// The package and the version that a line of apt's plan adds.
+fn added(line: &str) -> Option<(&str, &str)> {
+    let mut words = line.strip_prefix("Inst ")?.split_whitespace();
+    let package = words.next()?;
+    Some((package, words.next()?.strip_prefix('(')?))
 }
 
 /// apt with the machine's sources, and lists of our own: those of the machine
@@ -97,6 +117,14 @@ mod tests {
         assert!(!changes_the_machine("Conf seabios (1.16.2-1 Debian:12.15/oldstable [all])"));
         assert!(changes_the_machine("Inst libusb-1.0-0 [2:1.0.25-1] (2:1.0.26-1 Debian:12.15/oldstable [amd64])"));
         assert!(changes_the_machine("Remv qemu-utils [1:10.0.2]"));
+    }
+
+    #[test]
+    fn a_plan_says_what_comes() {
+        let line = "Inst qemu-system-x86 (1:7.2+dfsg-7+deb12u18 Debian:12.15/oldstable [amd64])";
+        assert_eq!(added(line), Some(("qemu-system-x86", "1:7.2+dfsg-7+deb12u18")));
+        assert_eq!(added("Inst libusb-1.0-0 [2:1.0.25-1] (2:1.0.26-1 Debian:12.15/oldstable [amd64])"), None);
+        assert_eq!(added("Conf qemu-system-x86 (1:7.2+dfsg-7+deb12u18 Debian:12.15/oldstable [amd64])"), None);
     }
 
     #[test]

@@ -25,6 +25,8 @@ const UNWANTED: &[&str] = &[
     "./usr/share",
 ];
 
+const QEMU: &str = "qemu";
+
 /// Prefix of folders that are being filled; what an interrupted run left is
 /// removed by the next.
 const PARTIAL: &str = ".partial-";
@@ -91,7 +93,12 @@ impl<'a> Cache<'a> {
 
     /// A QEMU of `suite` for all guests, with the libraries the machine lacks.
     pub(crate) fn qemu(&self, suite: Suite) -> Result<PathBuf, Error> {
-        self.programs("qemu", suite, &[Arch::Amd64, Arch::Arm64, Arch::Ppc64el].map(Arch::qemu_package))
+        self.programs(QEMU, suite, &[Arch::Amd64, Arch::Arm64, Arch::Ppc64el].map(Arch::qemu_package))
+    }
+
+    /// Whether that is there already.
+    pub(crate) fn has_qemu(&self, suite: Suite) -> bool {
+        self.folder.join(programs_entry(QEMU, suite)).exists()
     }
 
     /// The tools that come with the QEMU of `suite`, apart: most runs need none.
@@ -104,9 +111,14 @@ impl<'a> Cache<'a> {
         self.programs("virtiofsd", Suite::Trixie, &["virtiofsd"])
     }
 
+    /// passt of Debian 13: Debian 12's does not speak vhost-user.
+    pub(crate) fn passt(&self) -> Result<PathBuf, Error> {
+        self.programs("passt", Suite::Trixie, &["passt"])
+    }
+
     /// A root folder with `packages` of `suite` and what they need.
     fn programs(&self, name: &str, suite: Suite, packages: &[&str]) -> Result<PathBuf, Error> {
-        let folder = self.entry(&format!("{name}-{}", suite.name()), |cache, partial| {
+        let folder = self.entry(&programs_entry(name, suite), |cache, partial| {
             let fetch = |installed| {
                 let apt = partial.join("apt");
                 cache.lists(&apt, suite.with_its_base(), Arch::Amd64, installed)?.download_closure(suite, packages)
@@ -158,7 +170,7 @@ impl<'a> Cache<'a> {
     }
 
     /// Held for as long as the file is open.
-    fn lock(&self) -> Result<File, Error> {
+    pub(crate) fn lock(&self) -> Result<File, Error> {
         let path = self.folder.join("lock");
         let file = OpenOptions::new()
             .create(true)
@@ -181,6 +193,11 @@ impl<'a> Cache<'a> {
             }
         }
     }
+}
+
+/// The entry of a program's packages.
+fn programs_entry(name: &str, suite: Suite) -> String {
+    format!("{name}-{}", suite.name())
 }
 
 /// A temporary folder, removed when it is dropped.

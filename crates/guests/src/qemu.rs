@@ -12,9 +12,9 @@ use crate::{tool, unpacked};
 /// Where a QEMU may come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum QemuSource {
-    /// The first that works of: `PATH`; the distribution's own, installed by
-    /// apt where we are root and nothing present has to change; Debian's newer
-    /// one, unpacked in the cache.
+    /// The first that works and is not too old of: `PATH`; one unpacked in the
+    /// cache before; the distribution's own, installed by apt where we are root
+    /// and nothing present has to change; Debian's newer one, unpacked now.
     #[default]
     Auto,
     /// What is in `PATH`, and nothing else.
@@ -22,6 +22,10 @@ pub enum QemuSource {
     /// Debian's, unpacked in the cache; the machine stays as it is.
     Unpacked(Suite),
 }
+
+/// What is known of QEMU's devices is known from this version on. Debian 12's own 7.2 has, for one, an amd-iommu that
+/// translates by default, as no later one here does; so what a guest shows would depend on the machine that it runs on.
+const OLDEST: u32 = 10;
 
 /// A QEMU that can run the guests asked for.
 #[derive(Clone, Debug)]
@@ -80,18 +84,36 @@ impl Qemu {
     }
 
     fn first_that_works(cache: &Cache<'_>, arches: &[Arch]) -> Result<Self, Error> {
+        const SUITE: Suite = Suite::BookwormBackports;
         if let Some(qemu) = Self::in_path(arches) {
-            return Ok(qemu);
+            match qemu.too_old(arches) {
+                None => return Ok(qemu),
+                Some(old) => cache.say(&format!("the QEMU in PATH is {old}; using one unpacked in the cache")),
+            }
+        } else if !cache.has_qemu(SUITE) {
+            // apt takes seconds to say no, which every run would wait for.
+            match Self::by_apt(cache, arches) {
+                Ok(qemu) => return Ok(qemu),
+                Err(reason) => cache.say(&format!("no QEMU by apt ({reason}); using one unpacked in the cache")),
+            }
         }
-        let by_apt = match apt::install(cache, "the distribution's QEMU", &packages(arches)) {
-            Ok(()) => match Self::in_path(arches) {
-                Some(qemu) => return Ok(qemu),
-                None => "apt installed the packages, yet they are not in PATH".to_owned(),
-            },
-            Err(reason) => reason,
+        Self::unpacked(cache, SUITE, arches)
+    }
+
+    fn by_apt(cache: &Cache<'_>, arches: &[Arch]) -> Result<Self, String> {
+        let packages = packages(arches);
+        let suits = |package: &str, version: &str| match packages.contains(&package) && is_too_old(version) {
+            true => Err(format!("{package} would be {version}, older than {OLDEST}")),
+            false => Ok(()),
         };
-        cache.say(&format!("no QEMU by apt ({by_apt}); using one unpacked in the cache"));
-        Self::unpacked(cache, Suite::BookwormBackports, arches)
+        apt::install_if(cache, "the distribution's QEMU", &packages, suits)?;
+        Self::in_path(arches).ok_or_else(|| "apt installed the packages, yet they are not in PATH".to_owned())
+    }
+
+    /// The version of an emulator that is too old, or that does not tell its version.
+    fn too_old(&self, arches: &[Arch]) -> Option<String> {
+        let versions = arches.iter().map(|arch| self.version(*arch).unwrap_or_else(|error| error.to_string()));
+        versions.into_iter().find(|version| is_too_old(version))
     }
 
     fn in_path(arches: &[Arch]) -> Option<Self> {
@@ -104,6 +126,14 @@ impl Qemu {
         let starts = arches.iter().try_for_each(|arch| qemu.version(*arch).map(drop));
         starts.map(|()| qemu).map_err(|error| no_qemu(arches, format!("Debian's does not run here: {error}")))
     }
+}
+
+/// Whether `version`, as QEMU or its package tells it, is of before [`OLDEST`], or is none.
+fn is_too_old(version: &str) -> bool {
+    // A package's may begin with an epoch.
+    let upstream = version.split_once(':').map_or(version, |(_, rest)| rest);
+    let major = upstream.split(|c: char| !c.is_ascii_digit()).next().and_then(|major| major.parse::<u32>().ok());
+    major.is_none_or(|major| major < OLDEST)
 }
 
 fn no_qemu(arches: &[Arch], reason: String) -> Error {
@@ -121,6 +151,16 @@ fn packages(arches: &[Arch]) -> Vec<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn versions_are_compared_as_qemu_and_its_package_tell_them() {
+        for old in ["7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)", "1:7.2+dfsg-7+deb12u18", "9.2.0", "", "none"] {
+            assert!(is_too_old(old), "{old}");
+        }
+        for new in ["10.0.2 (Debian 1:10.0.2+ds-2~bpo12+1)", "1:10.0.2+ds-2~bpo12+1", "11.1.0"] {
+            assert!(!is_too_old(new), "{new}");
+        }
+    }
 
     #[test]
     fn a_missing_qemu_names_the_command_that_helps() {

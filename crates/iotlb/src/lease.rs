@@ -15,6 +15,10 @@ const RANGES: usize = if cfg!(loom) { 1 } else { 7 };
 
 /// Keeps translations good until it is dropped, by whichever thread, and even after its view is gone: whoever takes
 /// one of them away waits for it.
+///
+/// For a device that has memory worked on while no visit is open: by hardware, or by a kernel that can be relied on to let go
+/// of it. Each request under a lease can hold up whoever invalidates, so a device whose storage may hang takes none, and
+/// translates anew when its bytes have come.
 #[derive(Debug)]
 #[must_use = "what it keeps good is good only until it is dropped"]
 pub struct Lease {

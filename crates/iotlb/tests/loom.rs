@@ -270,6 +270,33 @@ fn an_evicted_mapping_is_fenced_like_any_other() {
     });
 }
 
+/// Where nothing is kept beyond its request: what the queue itself forgets, without a fence, is fenced by who takes it away
+/// later, also against another queue that is using it.
+#[test]
+fn a_translation_that_was_used_up_is_fenced_like_any_other() {
+    check(AtMost(2), || {
+        let (world, iotlb) = (World::new(), cache());
+        iotlb.keep(false);
+        map(&iotlb, PAGE, 0);
+        let queue = |mut view: View| {
+            let world = LoomArc::clone(&world);
+            thread::spawn(move || {
+                let visit = view.visit();
+                if let Ok(slice) = visit.resolve(PAGE, 8, Access::Read, None) {
+                    world.touch(World::which(slice.as_ptr()));
+                }
+                visit.release(&[(PAGE, 8)]);
+                drop(visit);
+                touch(&world, &mut view, PAGE);
+            })
+        };
+        let queues = [iotlb.view(Arc::new(Nobody)), iotlb.view(Arc::new(Nobody))].map(queue);
+        iotlb.invalidate(PAGE, LAST).wait();
+        world.give_away(0);
+        queues.map(|queue| queue.join().unwrap());
+    });
+}
+
 struct Count(AtomicUsize);
 
 impl Wake for Count {

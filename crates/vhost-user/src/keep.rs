@@ -3,6 +3,11 @@
 //! A front-end that never invalidates is not a thought: QEMU before 8.1 is one with intel-iommu unless both sides have a
 //! device TLB, and so is every QEMU up to 11.1 with amd-iommu. Whoever keeps their translations writes to memory that the
 //! guest has long given to something else. Whoever keeps none asks for each page each time.
+//!
+//! Only one thing proves that a front-end takes translations away: that it does. Answers that do not change prove nothing,
+//! however many there are: a guest that uses one buffer maps it anew each time, at the same address, until it uses another.
+//! Whether an address is mapped while no request needs it would tell the two apart, but to ask for one that is not is a fault,
+//! which the guest finds in its log. And to ask again now and then for what is kept finds out too late.
 
 use ringfence_dma::{BusAddr, FrontendVa};
 use std::collections::BTreeMap;
@@ -12,7 +17,7 @@ use std::str::FromStr;
 /// How long translations are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Keep {
-    /// For one request each, until the front-end has shown that it takes them away, or that they never change.
+    /// For one request each, until the front-end has shown that it takes them away.
     #[default]
     Auto,
     /// Until they are taken away.
@@ -56,11 +61,11 @@ impl fmt::Display for UnknownKeep {
 
 impl std::error::Error for UnknownKeep {}
 
-/// So many translations in a row that were asked for again and had not changed make mappings that do not change. A
-/// driver that maps each request breaks the row: it uses an address again for another buffer, or one that is new.
-const STEADY: u32 = 64;
+/// So many translations in a row that were asked for again and had not changed are worth telling: they may be for good. A
+/// driver that maps each request breaks the row mostly: it uses an address again for another buffer, or one that is new.
+const STEADY: u32 = 4096;
 
-/// How many translations are remembered for comparing. A driver with more memory mapped for good is not recognised.
+/// How many translations are remembered for comparing.
 const REMEMBERED: usize = 32768;
 
 /// What a front-end has shown of itself since its driver started.
@@ -78,6 +83,8 @@ pub(crate) struct Trust {
 pub(crate) enum Verdict {
     /// Not known yet: they are kept for one request each.
     Open,
+    /// The same, but they do not seem to change: it may be that they could be kept.
+    Steady,
     /// They are kept.
     Keep,
     /// The front-end was seen not to invalidate, here: they are kept for one request each.
@@ -93,9 +100,16 @@ impl Trust {
         self.verdict
     }
 
+    fn is_settled(&self) -> bool {
+        match self.verdict {
+            Verdict::Open | Verdict::Steady => false,
+            Verdict::Keep | Verdict::Stale(_) => true,
+        }
+    }
+
     /// A translation arrived. `anew`: there was none for it, so if it was given before, a request has used it up.
     pub(crate) fn updated(&mut self, iova: BusAddr, target: FrontendVa, anew: bool) {
-        if self.verdict != Verdict::Open {
+        if self.is_settled() {
             return;
         }
         if self.given.len() >= REMEMBERED {
@@ -104,9 +118,9 @@ impl Trust {
         match self.given.insert(iova, target) {
             Some(before) if before != target => self.settle(Verdict::Stale(iova)),
             Some(_) if anew => {
-                self.steady += 1;
+                self.steady = self.steady.saturating_add(1);
                 if self.steady == STEADY {
-                    self.settle(Verdict::Keep);
+                    self.verdict = Verdict::Steady;
                 }
             }
             Some(_) => {}
@@ -117,7 +131,7 @@ impl Trust {
     /// A range was taken away. `in_use` tells which translations are still there: those of rings are when a driver
     /// starts, and that they are flushed then says nothing of what comes later.
     pub(crate) fn invalidated(&mut self, first: BusAddr, last: BusAddr, in_use: impl Fn(BusAddr) -> bool) {
-        if self.verdict != Verdict::Open {
+        if self.is_settled() {
             return;
         }
         let mut used_up = false;
@@ -170,17 +184,27 @@ mod tests {
         assert_eq!(trust.verdict(), Verdict::Keep);
     }
 
+    /// What one buffer that is mapped anew each time looks like, too.
     #[test]
-    fn mappings_that_never_change_earn_trust() {
-        let mut trust = Trust::new();
-        trust.updated(A, FrontendVa(1), true);
-        for _ in 1..STEADY {
+    fn mappings_that_do_not_change_earn_no_trust_until_one_is_taken_away() {
+        let steady = || {
+            let mut trust = Trust::new();
             trust.updated(A, FrontendVa(1), true);
-            // Given twice for one request: for reading and for writing.
-            trust.updated(A, FrontendVa(1), false);
-        }
-        assert_eq!(trust.verdict(), Verdict::Open);
-        trust.updated(A, FrontendVa(1), true);
+            for _ in 1..STEADY {
+                trust.updated(A, FrontendVa(1), true);
+                // Given twice for one request: for reading and for writing.
+                trust.updated(A, FrontendVa(1), false);
+            }
+            assert_eq!(trust.verdict(), Verdict::Open);
+            (0..2 * STEADY).for_each(|_| trust.updated(A, FrontendVa(1), true));
+            assert_eq!(trust.verdict(), Verdict::Steady);
+            trust
+        };
+        let mut trust = steady();
+        trust.updated(A, FrontendVa(2), true);
+        assert_eq!(trust.verdict(), Verdict::Stale(A));
+        let mut trust = steady();
+        trust.invalidated(A, A, |_| false);
         assert_eq!(trust.verdict(), Verdict::Keep);
     }
 

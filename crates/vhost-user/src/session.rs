@@ -488,6 +488,11 @@ impl Session {
                 "the front-end gave bus address {iova} a new target and never took the old one away: with --iotlb cache \
                  that corrupts the guest's memory; use --iotlb auto or --iotlb request"
             ),
+            (Verdict::Steady, Keep::Auto) => tracing::info!(
+                "translations do not change, and the front-end has taken none away: each is asked for anew until it does, \
+                 which proves that it will. If they are for good, or this VMM is known to invalidate, --iotlb cache spares \
+                 the questions"
+            ),
             (verdict, _) => tracing::debug!(?verdict, "the front-end has shown how it treats translations"),
         }
     }

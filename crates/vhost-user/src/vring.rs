@@ -1,13 +1,12 @@
 use crate::backend::Backend;
 use crate::faults::FaultReport;
 use crate::wire::{Enable, VringAddr};
-use ringfence_device::Device;
 use ringfence_device::queue::{Queue, Stopped};
 use ringfence_device::worker::{Bells, Control, Stuck, Worker};
+use ringfence_device::{Device, eventfd};
 use ringfence_dma::BusAddr;
 use ringfence_iotlb::{Iotlb, Wake};
 use ringfence_ring::{DeviceQueue, Format, Layout, LayoutError, Position, Rules};
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -133,14 +132,14 @@ impl Vring {
 
     pub(crate) fn set_kick(&mut self, fd: Option<OwnedFd>) -> io::Result<()> {
         self.kick = match fd {
-            Some(fd) => Kick::Event(non_blocking(fd)?),
+            Some(fd) => Kick::Event(eventfd::of_stranger(fd)?),
             None => Kick::Poll,
         };
         Ok(())
     }
 
     pub(crate) fn set_call(&mut self, fd: Option<OwnedFd>) -> io::Result<()> {
-        self.call = fd.map(non_blocking).transpose()?;
+        self.call = fd.map(eventfd::of_stranger).transpose()?;
         if let Some(worker) = &self.worker {
             worker.control().set_call(clone(&self.call)?);
         }
@@ -148,7 +147,7 @@ impl Vring {
     }
 
     pub(crate) fn set_error(&mut self, fd: Option<OwnedFd>) -> io::Result<()> {
-        self.error = fd.map(non_blocking).transpose()?;
+        self.error = fd.map(eventfd::of_stranger).transpose()?;
         Ok(())
     }
 
@@ -240,12 +239,6 @@ impl Wake for Waker {
     fn wake(&self) {
         self.0.tell_news();
     }
-}
-
-/// A queue's thread rings and hushes without ever waiting, whatever descriptor it was given.
-fn non_blocking(fd: OwnedFd) -> io::Result<OwnedFd> {
-    fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
-    Ok(fd)
 }
 
 fn clone(fd: &Option<OwnedFd>) -> io::Result<Option<OwnedFd>> {

@@ -57,6 +57,17 @@ pub struct Session {
 }
 
 impl Session {
+    /// Fetches into the folder `cache` what `cells` are made of, for a run that comes later. What can't be had that run
+    /// finds out, and says.
+    ///
+    /// # Errors
+    ///
+    /// The cache's folder cannot be used.
+    pub fn prepare(cells: &[Cell], cache: &Path, qemu: QemuSource, say: &dyn Fn(&str)) -> Result<(), Error> {
+        Kit::fetch(&Cache::open(cache, say)?, qemu, None, cells);
+        Ok(())
+    }
+
     /// Runs `cells`, and tells `events` from whatever thread it happens in. A cell that cannot be run is in the records,
     /// with what is missing.
     ///

@@ -16,9 +16,12 @@ use ringfence_device::blk::{self, Blk};
 use ringfence_device::storage::Storage;
 use ringfence_policy::IommuMode;
 use ringfence_ring::{Format, Notifications};
+use ringfence_vhost_user::client::{self, ClientError, Vring};
 use ringfence_vhost_user::server::{Keep, Options, Server};
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::{Pid, Signal, kill_process};
 use slow::Slow;
+use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -247,6 +250,30 @@ fn a_file_that_hangs_holds_nobody() {
         served.end();
         frontend.assert_stamps();
     }
+}
+
+/// A file whose server is the front-end, given for an eventfd: nobody looks at it, or waits for it to be closed.
+#[test]
+fn a_bell_that_hangs_holds_nobody() {
+    let Some(file) = SlowFile::mount(Duration::from_millis(1), true) else { return };
+    let served = Outside::start(Path::new("memory:8M"), &[]);
+    let given = File::open(file.path()).unwrap();
+    let ours = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+    let _recovering = Recovering(&file);
+    file.hang();
+    for (kick, call) in [(given.as_fd(), ours.as_fd()), (ours.as_fd(), given.as_fd())] {
+        let hostile = client::Frontend::connect(&served.socket, client::Options::default()).unwrap();
+        let (kick, call) = (Some(kick), Some(call));
+        let vring = Vring { index: 0, size: 64, base: 0, descriptor: 0, available: 0, used: 0, kick, call };
+        let refused = hostile.start_vring(&vring);
+        assert!(matches!(refused, Err(ClientError::Refused { .. })), "{refused:?}");
+    }
+    let frontend = Frontend::connect(&served.socket, Misses::Answered);
+    frontend.submit_reads(8);
+    assert_eq!(frontend.wait_for_all(), 8);
+    // The kernel keeps a process for as long as a file that it closes hangs.
+    file.recover();
+    served.end();
 }
 
 /// A front-end that answers no miss, and takes away, stops and starts: nobody waits for anybody.

@@ -69,7 +69,7 @@ impl Queue {
             vector: NO_VECTOR,
             enable: Enable::Off,
             addresses: [0; 3],
-            kick: Event::new()?,
+            kick: Event::shared()?,
             route: Route::Nowhere,
             worker: None,
             stopped: None,

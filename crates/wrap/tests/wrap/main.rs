@@ -3,6 +3,8 @@
 mod hostile;
 mod lost;
 mod pass;
+#[path = "../../../fuzz/src/plain.rs"]
+mod plain;
 mod pool;
 mod scripted;
 #[path = "../../../vhost-user/tests/served/mod.rs"]

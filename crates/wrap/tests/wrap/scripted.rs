@@ -1,13 +1,12 @@
 //! A back-end that does what it is told, right or wrong: a disk of one split queue, in a thread.
 
+use crate::plain::Told;
 use ringfence_dma::HostSlice;
-use ringfence_hostmem::Regions;
 use ringfence_vhost_user::channel::{Channel, Received};
-use ringfence_vhost_user::wire::{NeedReply, ProtocolFeatures, Reply, Request, VringAddr};
+use ringfence_vhost_user::wire::{NeedReply, Reply, Request};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -124,31 +123,21 @@ struct Connection {
     act: Act,
     disk: Arc<Mutex<Vec<u8>>>,
     requests: Arc<AtomicUsize>,
-    memory: Regions,
-    size: u16,
-    addresses: Option<VringAddr>,
-    kick: Option<OwnedFd>,
-    call: Option<OwnedFd>,
-    next: u16,
-    used: u16,
+    told: Told,
     random: RefCell<u64>,
     filled: bool,
 }
 
 impl Connection {
     fn new(stream: UnixStream, act: Act, disk: Arc<Mutex<Vec<u8>>>, requests: Arc<AtomicUsize>) -> Self {
+        let mut config = [0; 64];
+        config[..8].copy_from_slice(&(8u64 << 20 >> 9).to_le_bytes());
         Self {
             channel: Channel::new(stream.into()),
             act,
             disk,
             requests,
-            memory: Regions::default(),
-            size: 0,
-            addresses: None,
-            kick: None,
-            call: None,
-            next: 0,
-            used: 0,
+            told: Told::new(1 << 9, config),
             filled: false,
             random: RefCell::new(if let Act::Wild(seed) = act { seed } else { 1 }),
         }
@@ -158,7 +147,7 @@ impl Connection {
     fn run(&mut self) {
         loop {
             let mut fds = vec![PollFd::new(&self.channel, PollFlags::IN)];
-            fds.extend(self.kick.as_ref().map(|kick| PollFd::new(kick, PollFlags::IN)));
+            fds.extend(self.told.kick.as_ref().map(|kick| PollFd::new(kick, PollFlags::IN)));
             poll(&mut fds, None).unwrap();
             let kicked = fds.len() == 2 && !fds[1].revents().is_empty();
             loop {
@@ -175,7 +164,7 @@ impl Connection {
                             return;
                         }
                         let refuse = self.act == Act::Refuses && matches!(request, Request::SetMemTable(_));
-                        let reply = self.answer(request);
+                        let reply = self.told.hear(request);
                         let wanted = message.header.need_reply == NeedReply::Yes;
                         let reply = reply.or(wanted.then_some(Reply::U64(refuse.into())));
                         if let Some(reply) = reply
@@ -188,7 +177,7 @@ impl Connection {
                     Ok(Received::End) | Err(_) => return,
                 }
             }
-            if kicked && let Some(kick) = &self.kick {
+            if kicked && let Some(kick) = &self.told.kick {
                 if self.filled {
                     // It goes on hearing its front-end, and sees what it is given.
                     let pause = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
@@ -209,39 +198,9 @@ impl Connection {
         }
     }
 
-    fn answer(&mut self, request: Request) -> Option<Reply> {
-        match request {
-            Request::GetFeatures => return Some(Reply::U64(1 << 32 | 1 << 30 | 1 << 9)),
-            Request::GetProtocolFeatures => {
-                let features = ProtocolFeatures::MQ | ProtocolFeatures::REPLY_ACK | ProtocolFeatures::CONFIG;
-                return Some(Reply::U64(features.bits()));
-            }
-            Request::GetQueueNum => return Some(Reply::U64(1)),
-            Request::GetConfig { size, .. } if size > 64 => return Some(Reply::NoConfig),
-            Request::GetConfig { offset, size, flags } => {
-                let mut config = [0; 64];
-                config[..8].copy_from_slice(&(8u64 << 20 >> 9).to_le_bytes());
-                let data = config[offset as usize..][..size as usize].to_vec();
-                return Some(Reply::Config { offset, flags, data });
-            }
-            Request::SetMemTable(table) => self.memory = Regions::new(table).unwrap(),
-            Request::SetVringNum { num, .. } => self.size = num as u16,
-            Request::SetVringBase { base, .. } => (self.next, self.used) = (base as u16, base as u16),
-            Request::SetVringAddr(addresses) => self.addresses = Some(addresses),
-            Request::SetVringKick(vring) => self.kick = vring.fd,
-            Request::SetVringCall(vring) => self.call = vring.fd,
-            Request::GetVringBase { index } => {
-                self.kick = None;
-                return Some(Reply::VringBase { index, base: self.next.into() });
-            }
-            _ => {}
-        }
-        None
-    }
-
     /// Counts what is in the avail ring, taken or not.
     fn count_available(&self) {
-        if let Some(addresses) = self.addresses {
+        if let Some(addresses) = self.told.ring {
             let (_, va, all) = self.region();
             let index = all.load_u16((addresses.available - va) as usize + 2, Ordering::Acquire);
             self.requests.fetch_max(index.into(), Ordering::Relaxed);
@@ -249,20 +208,20 @@ impl Connection {
     }
 
     fn region(&self) -> (u64, u64, HostSlice<'_>) {
-        let region = self.memory.iter().next().unwrap();
-        assert_eq!(self.memory.iter().count(), 1, "the private memory and nothing else");
+        let region = self.told.memory.iter().next().unwrap();
+        assert_eq!(self.told.memory.iter().count(), 1, "the private memory and nothing else");
         (region.gpa().0, region.frontend_va().0, region.slice())
     }
 
     /// Takes what is available; `None` ends the connection.
     fn serve(&mut self) -> Option<()> {
-        let addresses = self.addresses?;
+        let addresses = self.told.ring?;
         let (gpa, va, all) = self.region();
         let at = |addr: u64| (addr - va) as usize;
         let (table, avail, ring) = (at(addresses.descriptor), at(addresses.available), at(addresses.used));
-        let (size, act) = (self.size, self.act);
-        let mut used = self.used;
-        let mut next = self.next;
+        let (size, act) = (self.told.size, self.act);
+        let mut used = self.told.used;
+        let mut next = self.told.next;
         let push = |used: &mut u16, id: u32, len: u32| {
             let slot = usize::from(*used % size);
             all.store_u32(ring + 4 + 8 * slot, id, Ordering::Relaxed);
@@ -318,8 +277,8 @@ impl Connection {
             }
         }
         all.store_u16(ring + 2, used, Ordering::Release);
-        (self.next, self.used) = (next, used);
-        if let Some(call) = &self.call {
+        (self.told.next, self.told.used) = (next, used);
+        if let Some(call) = &self.told.call {
             let _ = rustix::io::write(call, &1u64.to_ne_bytes());
         }
         Some(())

@@ -1,38 +1,11 @@
 //! A queue that stops and goes on: what was begun starts anew in the order in which it came.
 
-use ringfence_device::queue::{Look, Queue, Report, Stopped};
+use crate::world::{PAGE, REST, World};
+use ringfence_device::queue::{Look, Report, Stopped};
 use ringfence_device::{Back, Handler, Outcome, Request, Token, Unreachable};
-use ringfence_dma::{Access, BusAddr, Fault, FaultReason, Gpa, HostSlice, Memory, Physical, Ram, Stop, Ticket, Visit};
-use ringfence_ring::{Descriptor, DeviceQueue, DriverQueue, Layout, Position, RingCells, RingSlices, Rules};
+use ringfence_dma::{Access, BusAddr, Fault};
+use ringfence_ring::{Descriptor, Position, Rules};
 use std::sync::{Arc, Mutex};
-
-const SIZE: u16 = 8;
-
-/// Memory without an IOMMU.
-#[derive(Clone)]
-struct Flat(Arc<Ram>);
-
-impl Memory for Flat {
-    type Lease = ();
-    type Visit<'m> = FlatVisit<'m>;
-
-    fn visit(&mut self) -> FlatVisit<'_> {
-        FlatVisit(&self.0)
-    }
-}
-
-struct FlatVisit<'m>(&'m Ram);
-
-impl Visit for FlatVisit<'_> {
-    type Lease = ();
-
-    fn resolve(&self, addr: BusAddr, len: usize, access: Access, _: Option<Ticket>) -> Result<HostSlice<'_>, Stop> {
-        let nowhere = Fault { addr, access, reason: FaultReason::Unmapped };
-        Physical::slice(self.0, Gpa(addr.0), len).ok_or(nowhere.into())
-    }
-
-    fn lease(&self, _: &[(BusAddr, u32)]) {}
-}
 
 /// Starts everything, and ends what it is told to.
 #[derive(Clone, Default)]
@@ -72,30 +45,21 @@ impl Report for Holding {
 
 #[test]
 fn what_was_begun_starts_anew_in_the_order_in_which_it_came() {
-    let memory = Flat(Arc::new(Ram::new(4 * 4096)));
-    let ram = Arc::clone(&memory.0);
-    let rules = Rules::default();
-    let slices = RingSlices {
-        descriptors: ram.slice(0, 4096),
-        driver: ram.slice(4096, 4096),
-        device: ram.slice(2 * 4096, 4096),
-    };
-    let at = |page: u64| BusAddr(page * 4096);
-    let layout = Layout { size: SIZE, descriptors: at(0), driver: at(1), device: at(2) };
-    let mut driver = DriverQueue::new(rules, SIZE, RingCells::new(rules.format, SIZE, &slices)).unwrap();
+    let world = World::new();
+    let mut driver = world.driver();
     let mut submit = |name: u8| {
         let place = usize::from(name) * 16;
-        ram.slice(3 * 4096 + place, 1).write(0, &[name]);
-        let addr = BusAddr((3 * 4096 + place) as u64);
+        world.ram.slice(REST * PAGE + place, 1).write(0, &[name]);
+        let addr = BusAddr((REST * PAGE + place) as u64);
         driver.add(&[Descriptor { addr, len: 1, access: Access::Read }], None).unwrap();
         driver.publish();
     };
     let start = |holding: &Holding, stopped, position| {
-        let ring = DeviceQueue::new(rules, layout, position).unwrap();
-        Queue::new(ring, SIZE, memory.clone(), Box::new(holding.clone()), Box::new(holding.clone()), stopped)
+        world.queue(Box::new(holding.clone()), Box::new(holding.clone()), stopped, position)
     };
     let first = Holding::default();
-    let mut queue = start(&first, Stopped::at(Position::start(rules.format)), Position::start(rules.format));
+    let mut queue =
+        start(&first, Stopped::at(Position::start(Rules::default().format)), Position::start(Rules::default().format));
     (0..4).for_each(&mut submit);
     queue.turn(Look::Thorough).unwrap();
     // The first two end, and those that come next have their tokens.
