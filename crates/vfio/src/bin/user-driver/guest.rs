@@ -15,6 +15,12 @@ pub(crate) fn tell(key: &str, value: impl Display) {
     println!("RINGFENCE {key}={value}");
 }
 
+/// For how many seconds the kernel has run.
+pub(crate) fn uptime() -> String {
+    let told = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    told.split('.').next().unwrap_or_default().to_owned()
+}
+
 /// Mounts what the rest needs.
 pub(crate) fn begin() {
     for (kind, target) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {

@@ -107,11 +107,16 @@ const HASTE: Duration = Duration::from_secs(3);
 
 /// Reads all of the disk, writes half, and reads all again.
 fn copy_about(host: Host<'_, Anything<'_>>, function: Function, data: Buffer<'_>) -> Result<(), Failure> {
-    let mut disk = Blk::start(pci(function, PATIENCE)?, host, blk::Options { depth: 32, segments: 8 })?;
+    let started = Blk::start(pci(function, PATIENCE)?, host, blk::Options { depth: 32, segments: 8 });
+    if let Err(StartError::Refused(_)) = started {
+        guest::tell("disk", "refused");
+    }
+    let mut disk = started?;
     let features = disk.device().features();
     guest::tell("features", (0..64).map(|bit| if features >> bit & 1 == 0 { '0' } else { '1' }).collect::<String>());
     let status = disk.device_mut().transport_mut().status()?;
     guest::tell("status", format_args!("{:#010x}", status.bits()));
+    guest::tell("started", guest::uptime());
     let mapper = match disk.device().addressing() {
         Addressing::Translated => host.translated,
         Addressing::Physical => host.physical,
