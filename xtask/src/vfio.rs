@@ -5,7 +5,9 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::time::Instant;
 
-use ringfence_guests::{Arch, Cache, Error, Guest, Image, ImageState, Initramfs, KernelSeries, Qemu, QemuSource, VFIO_MODULES};
+use ringfence_guests::{
+    Arch, Cache, Error, Guest, Image, ImageState, Initramfs, KernelSeries, Qemu, QemuSource, VFIO_MODULES,
+};
 use ringfence_policy::IommuMode;
 
 use crate::Workspace;
@@ -164,8 +166,14 @@ impl Cell {
         }
         hold("SHA-256 of what it read", guest.read.as_deref(), image.initial())?;
         hold("SHA-256 of what it read back", guest.written.as_deref(), image.expected())?;
+        says("RINGFENCE restarted=the queue alone")?;
         says("RINGFENCE random=64 bytes, which differ")?;
         says("RINGFENCE router=[52, 55, 0a, 00, 02, 02]")?;
+        let slept =
+            console.lines().find_map(|line| line.trim().strip_prefix("RINGFENCE interrupts=")?.parse::<u64>().ok());
+        if slept.is_none_or(|slept| slept == 0) {
+            return Err(format!("the driver slept until {slept:?} interrupts"));
+        }
         let flag = IommuMode::Offer.offers(0).trailing_zeros();
         if guest.features.is_none_or(|features| features.has(flag) != self.flag) {
             return Err(format!("bit {flag} was not {}", if self.flag { "taken" } else { "left alone" }));

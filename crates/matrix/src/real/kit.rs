@@ -73,8 +73,7 @@ impl Kit {
     /// What runs in a cell's guest.
     pub(crate) fn system(&self, cell: &Cell) -> Part<System<'_>> {
         let platform = cell.platform;
-        let kernel =
-            || self.kernels[&(platform.kernel, platform.arch)].as_ref().map_err(Clone::clone);
+        let kernel = || self.kernels[&(platform.kernel, platform.arch)].as_ref().map_err(Clone::clone);
         let allows = cell.driver == Driver::RingfenceAllowing;
         match cell.runs() {
             Runs::Linux => {}
@@ -144,8 +143,7 @@ impl Programs {
             Program::UserDriver => (&self.user_driver, "drivers of ours for VFIO", "--user-driver"),
         };
         let missing = |reason| Missing { reason, tool: true };
-        let path =
-            path.as_deref().ok_or_else(|| missing(format!("no program with {what}; name one by {option}")))?;
+        let path = path.as_deref().ok_or_else(|| missing(format!("no program with {what}; name one by {option}")))?;
         match path.is_file() {
             true => Ok(path),
             false => Err(missing(format!("no program with {what} at {}; see {option}", path.display()))),

@@ -197,6 +197,11 @@ fn copy_about<T: Transport<Error: 'static>>(
     }
     copy(&mut disk, data, 0, 2 * half - 1, 4096)?;
     disk.flush()?;
+    // What follows goes through a queue that began anew, where the device lets it.
+    match disk.restart() {
+        Ok(()) => tell("restarted", "the queue alone"),
+        Err(error) => tell("restarted", error),
+    }
     tell("written", digest(&mut disk, data, mib, MIB / 4)?);
     Ok(())
 }

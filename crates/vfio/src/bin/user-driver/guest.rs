@@ -50,7 +50,7 @@ pub(crate) fn load_modules() -> io::Result<()> {
     let mut modules: Vec<_> = fs::read_dir("/modules")?.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>()?;
     modules.sort();
     for path in modules {
-        // Without interrupt remapping VFIO's IOMMU is only to be had with this; it is ours, and polls.
+        // Without interrupt remapping VFIO's IOMMU is only to be had with this; all of the guest is ours.
         let unsafe_interrupts = path.to_string_lossy().contains("vfio_iommu_type1");
         let options = if unsafe_interrupts { c"allow_unsafe_interrupts=1" } else { c"" };
         let file = File::open(&path)?;
