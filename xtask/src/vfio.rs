@@ -5,18 +5,19 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::time::Instant;
 
-use ringfence_guests::{Arch, Cache, Error, Guest, Image, ImageState, Initramfs, KernelSeries, Qemu, QemuSource};
+use ringfence_guests::{
+    Arch, Cache, Error, Guest, Image, ImageState, Initramfs, KernelSeries, Qemu, QemuSource, VFIO_MODULES,
+};
 use ringfence_policy::IommuMode;
 
 use crate::Workspace;
+use crate::old_driver::program;
 use crate::patience::wait;
 use crate::static_program;
 use crate::steps::{Log, Pass, StepResult, say};
 
 /// The program: static, for there is nothing else in the guest.
 const NAME: &str = "ringfence-user-driver";
-
-const MODULES: &[&str] = &["vfio_iommu_type1", "vfio_pci"];
 
 /// One boot.
 struct Cell {
@@ -76,7 +77,14 @@ const CELLS: &[Cell] = &[
 /// Builds the program.
 pub(crate) fn build(workspace: &Workspace, log: &mut Log) -> StepResult {
     match static_program::build(workspace, "ringfence-vfio", NAME, log)? {
-        Some(program) => Ok(Pass::Whole(program.display().to_string())),
+        Some(built) => {
+            // Where `ringfence matrix --real` looks for it; cargo's own of that name is not static.
+            let beside = program(workspace, &format!("{NAME}-static"));
+            let at = |error| format!("{}: {error}", beside.display());
+            fs::create_dir_all(beside.parent().expect("a program is in a folder")).map_err(at)?;
+            fs::copy(&built, &beside).map_err(at)?;
+            Ok(Pass::Whole(built.display().to_string()))
+        }
         None => Ok(Pass::Skipped(static_program::WHY_NOT.to_owned())),
     }
 }
@@ -106,7 +114,7 @@ impl Cell {
     fn boot(&self, cache: &Cache<'_>, qemu: &Qemu, program: &Path, log: &mut Log) -> Result<(), String> {
         let text = |error: Error| error.to_string();
         let kernel = cache.kernel(self.kernel, Arch::Amd64).map_err(text)?;
-        let modules: Vec<_> = self.modules.iter().chain(MODULES).copied().collect();
+        let modules: Vec<_> = self.modules.iter().chain(VFIO_MODULES).copied().collect();
         let archive = Initramfs::of_program(&kernel, program, &modules).map_err(text)?;
         let folder = tempfile::tempdir().map_err(|error| format!("cannot create a folder: {error}"))?;
         let [initramfs, console, disk] = ["initramfs", "console", "disk"].map(|name| folder.path().join(name));
@@ -158,8 +166,14 @@ impl Cell {
         }
         hold("SHA-256 of what it read", guest.read.as_deref(), image.initial())?;
         hold("SHA-256 of what it read back", guest.written.as_deref(), image.expected())?;
+        says("RINGFENCE restarted=the queue alone")?;
         says("RINGFENCE random=64 bytes, which differ")?;
         says("RINGFENCE router=[52, 55, 0a, 00, 02, 02]")?;
+        let slept =
+            console.lines().find_map(|line| line.trim().strip_prefix("RINGFENCE interrupts=")?.parse::<u64>().ok());
+        if slept.is_none_or(|slept| slept == 0) {
+            return Err(format!("the driver slept until {slept:?} interrupts"));
+        }
         let flag = IommuMode::Offer.offers(0).trailing_zeros();
         if guest.features.is_none_or(|features| features.has(flag) != self.flag) {
             return Err(format!("bit {flag} was not {}", if self.flag { "taken" } else { "left alone" }));

@@ -170,6 +170,8 @@ pub enum RequestError {
         /// Bytes expected, status included.
         expected: u32,
     },
+    /// The queue was [restarted](Blk::restart) before the device had answered: it may have been done, or not.
+    Lost,
 }
 
 impl fmt::Display for RequestError {
@@ -181,6 +183,7 @@ impl fmt::Display for RequestError {
             RequestError::Short { written, expected } => {
                 write!(f, "the disk reports success and {written} bytes written instead of {expected}")
             }
+            RequestError::Lost => f.write_str("the queue was restarted before the disk had answered"),
         }
     }
 }
@@ -495,6 +498,23 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
         self.usable()?;
         let listening = self.queue.listen_for()?;
         Ok(listening || !self.finished.is_empty())
+    }
+
+    /// Resets the queue alone, and has it go on: a disk that is [`Broken`](BlkError::Broken), or that keeps a buffer
+    /// for too long, need not be given up. What was lent is back when this returns. Requests that were under way are
+    /// polled as [`RequestError::Lost`].
+    ///
+    /// # Errors
+    /// [`BlkError::NotOffered`] where the device or the transport does not reset single queues, and
+    /// [`BlkError::Transport`]: as long as the disk does not confirm, it keeps what it has.
+    pub fn restart(&mut self) -> Result<(), BlkError<T::Error>> {
+        let Self { device, queue, finished, .. } = self;
+        if !device.resets_queues() {
+            return Err(BlkError::NotOffered);
+        }
+        device.transport.reset_queue(QUEUE).map_err(BlkError::Transport)?;
+        queue.restart(|lost| finished.push_back(lost));
+        device.transport.start_queue(QUEUE, &queue.layout()).map_err(BlkError::Transport)
     }
 
     /// Asks for a notification and waits, unless the device has used something already.

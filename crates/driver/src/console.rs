@@ -1,6 +1,6 @@
 //! The console device's driver (§5.3): its first port.
 
-use crate::lending::{Back, Lender, LoanError, LoanId};
+use crate::lending::{Back, CameBack, Lender, LoanError, LoanId, Side};
 use crate::{Host, Running, StartError, Transport, Wants, config};
 use ringfence_dma::{Access, Buffer, Mapper};
 use virtio_spec::Id;
@@ -12,7 +12,7 @@ use virtio_spec::console::F;
 /// [sent](Self::send) from buffers, which come back as [done](Self::sent).
 #[derive(Debug)]
 pub struct Console<'a, T: Transport, M: Mapper + ?Sized> {
-    lender: Lender<'a, T, M>,
+    pub(crate) lender: Lender<'a, T, M>,
     has_size: bool,
 }
 
@@ -88,6 +88,14 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Console<'a, T, M> {
         Ok(Some(Received { id, buffer: buffer.expect("each chain has a buffer"), len: written as usize }))
     }
 
+    /// The same for tasks, whichever way.
+    pub(crate) fn came_back(&mut self) -> CameBack<T::Error> {
+        if let Some(Received { id, len, .. }) = self.received()? {
+            return Ok(Some(((Side::In, id), Ok(len))));
+        }
+        Ok(self.sent()?.map(|id| ((Side::Out, id), Ok(0))))
+    }
+
     /// Sends what is in `output`. The console sees it after [`notify`](Self::notify).
     ///
     /// # Errors
@@ -146,6 +154,17 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Console<'a, T, M> {
     /// [`LoanError::Broken`].
     pub fn listen(&mut self) -> Result<bool, LoanError<T::Error>> {
         self.lender.queues[RECEIVING].listen()
+    }
+
+    /// Resets each queue alone, and has them go on: a console that is [`Broken`](LoanError::Broken), or that keeps a buffer
+    /// for too long, need not be given up. What was lent is back when this returns, and no [`LoanId`] of before is heard of
+    /// again.
+    ///
+    /// # Errors
+    /// [`LoanError::NotOffered`] where the device or the transport does not reset single queues, and
+    /// [`LoanError::Transport`]: as long as the device does not confirm, it keeps what it has.
+    pub fn restart(&mut self) -> Result<(), LoanError<T::Error>> {
+        self.lender.restart()
     }
 
     /// The device below.

@@ -1,6 +1,7 @@
 //! A device in the same process, without registers or sockets between.
 
 use crate::policy::{Addressing, Identity, IommuMode, Refusal, Taken};
+use crate::start::RING_RESET;
 use crate::{DeviceStatus, Transport};
 use alloc::vec::Vec;
 use core::fmt;
@@ -24,6 +25,10 @@ pub trait DeviceEnd {
     /// Starts queue `queue` for a driver that took `features`. `addressing` says through which memory the queue is to
     /// reach everything. `false`: it can't be started.
     fn start_queue(&mut self, queue: u16, layout: &Layout, features: u64, addressing: Addressing) -> bool;
+
+    /// Stops queue `queue` alone, and touches nothing that it was lent through it from then on. For a device that has
+    /// VIRTIO_F_RING_RESET among its [`features`](Self::features).
+    fn reset_queue(&mut self, queue: u16);
 
     /// Does what there is to do in queue `queue`, and says whether there was anything.
     fn turn(&mut self, queue: u16) -> bool;
@@ -146,6 +151,10 @@ impl<D: DeviceEnd> Embedded<D> {
 impl<D: DeviceEnd> Transport for Embedded<D> {
     type Error = EmbeddedError;
 
+    fn features(&self) -> u64 {
+        self.device.features() & RING_RESET
+    }
+
     fn identity(&self) -> Identity {
         self.device.identity()
     }
@@ -201,9 +210,28 @@ impl<D: DeviceEnd> Transport for Embedded<D> {
     }
 
     fn start_queue(&mut self, queue: u16, layout: &Layout) -> Result<(), EmbeddedError> {
-        let queues = &mut self.session.queues;
+        let Session { status, acknowledged, accepted, queues } = &mut self.session;
         queues.retain(|&(started, _)| started != queue);
         queues.push((queue, *layout));
+        match accepted {
+            // One that goes on after it was reset alone.
+            Some(Ok(addressing)) if status.contains(DeviceStatus::DRIVER_OK) => {
+                match self.device.start_queue(queue, layout, *acknowledged, *addressing) {
+                    true => Ok(()),
+                    false => Err(EmbeddedError::NotRunning { queue }),
+                }
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn reset_queue(&mut self, queue: u16) -> Result<(), EmbeddedError> {
+        let running = self.session.queues.iter().any(|&(started, _)| started == queue);
+        if self.session.acknowledged & RING_RESET == 0 || !running {
+            return Err(EmbeddedError::NotRunning { queue });
+        }
+        self.device.reset_queue(queue);
+        self.session.queues.retain(|&(started, _)| started != queue);
         Ok(())
     }
 

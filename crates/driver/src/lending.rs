@@ -17,6 +17,15 @@ pub struct LoanId {
     generation: u64,
 }
 
+/// Which way something goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// From the device.
+    In,
+    /// To it.
+    Out,
+}
+
 /// Why a device did not do as asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoanError<E> {
@@ -47,6 +56,10 @@ pub enum LoanError<E> {
     },
     /// The device broke the rules of rings; it is of no use any more.
     Broken(DeviceError),
+    /// The device, or the way to it, does not do that.
+    NotOffered,
+    /// The queue was restarted before the device was done with it: nobody knows what became of it.
+    Lost,
     /// The way to the device failed.
     Transport(E),
 }
@@ -61,6 +74,8 @@ impl<E: fmt::Display> fmt::Display for LoanError<E> {
             LoanError::Short { written, expected } => {
                 write!(f, "the device says that it wrote {written} bytes, and it takes {expected}")
             }
+            LoanError::Lost => f.write_str("the queue was restarted before the device was done"),
+            LoanError::NotOffered => f.write_str("the device does not offer that"),
             LoanError::Broken(error) => write!(f, "the device broke the rules: {error}"),
             LoanError::Transport(error) => write!(f, "the device can't be reached: {error}"),
         }
@@ -68,6 +83,17 @@ impl<E: fmt::Display> fmt::Display for LoanError<E> {
 }
 
 impl<E: core::error::Error> core::error::Error for LoanError<E> {}
+
+impl<E> LoanError<E> {
+    /// Whether it may work once something that is lent has come back.
+    pub fn is_temporary(&self) -> bool {
+        match self {
+            LoanError::Busy => true,
+            LoanError::Dma(error) => error.is_transient(),
+            _ => false,
+        }
+    }
+}
 
 /// A part of a chain's head.
 #[derive(Clone, Copy, Debug)]
@@ -88,6 +114,9 @@ pub(crate) struct Back<'a> {
     /// The head, which is the driver's until this slot is lent again.
     pub(crate) head: Piece<'a>,
 }
+
+/// The next that came back, whichever way, and how many bytes are in it.
+pub(crate) type CameBack<E> = Result<Option<((Side, LoanId), Result<usize, LoanError<E>>)>, LoanError<E>>;
 
 /// A queue and what is lent through it.
 ///
@@ -158,6 +187,18 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Lender<'a, T, M> {
         Ok(())
     }
 
+    /// Asks the device to tell of what comes back next through any queue. `true`: something has.
+    pub(crate) fn listen(&mut self) -> Result<bool, LoanError<T::Error>> {
+        self.queues.iter_mut().try_fold(false, |some, lending| Ok(lending.listen()? || some))
+    }
+
+    /// Waits until something may have come back: through the last of the queues that have something, for that is the one
+    /// which comes back soonest.
+    pub(crate) fn wait_for_any(&mut self) -> Result<(), LoanError<T::Error>> {
+        let lent = |lending: &Lending<'_, M>| lending.queue.ring.free() < lending.queue.ring.size();
+        self.wait(self.queues.iter().rposition(lent).unwrap_or(0))
+    }
+
     /// Waits until something may have come back through queue `number`.
     pub(crate) fn wait(&mut self, number: usize) -> Result<(), LoanError<T::Error>> {
         let lending = &mut self.queues[number];
@@ -167,6 +208,22 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Lender<'a, T, M> {
         };
         lending.queue.ring.disable_callbacks();
         waited.map_err(LoanError::Transport)
+    }
+}
+
+impl<T: Transport, M: Mapper + ?Sized> Lender<'_, T, M> {
+    /// Resets each queue alone, and has it go on. What was lent is back, and nothing of it is heard of any more.
+    pub(crate) fn restart(&mut self) -> Result<(), LoanError<T::Error>> {
+        if !self.device.resets_queues() {
+            return Err(LoanError::NotOffered);
+        }
+        for lending in &mut self.queues {
+            self.device.transport.reset_queue(lending.number).map_err(LoanError::Transport)?;
+            lending.restart();
+            let layout = &lending.queue.layout;
+            self.device.transport.start_queue(lending.number, layout).map_err(LoanError::Transport)?;
+        }
+        Ok(())
     }
 }
 
@@ -257,6 +314,17 @@ impl<'a, M: Mapper + ?Sized> Lending<'a, M> {
         let id = LoanId { slot: number as u16, generation: slot.generation };
         let head = self.heads.get(number as u16);
         Ok(Some(Back { id, buffer: slot.first.take(), written: used.written, head }))
+    }
+
+    /// Begins anew with a ring that the device has let go of.
+    fn restart(&mut self) {
+        let Self { queue, slots, .. } = self;
+        queue.ring.reset(|token, ()| {
+            let slot = &mut slots[token.index()];
+            slot.loans.take_back();
+            slot.first = None;
+        });
+        queue.ring.disable_callbacks();
     }
 
     /// Asks the device to tell of what comes back next. `true`: something has.

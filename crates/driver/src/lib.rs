@@ -58,7 +58,7 @@ pub mod rng;
 pub mod tasks;
 pub mod viommu;
 
-pub use lending::{LoanError, LoanId};
+pub use lending::{LoanError, LoanId, Side};
 pub use registers::{Registers, Spin, Wait, Waiting};
 pub use ringfence_policy as policy;
 pub use start::{Host, Running, StartError, Started, Wants, start};

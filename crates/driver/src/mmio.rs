@@ -5,10 +5,10 @@
 
 use crate::policy::{Identity, Taken};
 use crate::registers::{self, Registers, Wait, Waiting};
+use crate::start::RING_RESET;
 use crate::{DeviceStatus, Transport};
 use core::fmt;
 use ringfence_ring::Layout;
-use virtio_spec::F;
 
 /// Offsets of registers (§4.2.2).
 mod register {
@@ -86,6 +86,12 @@ pub enum MmioError {
     },
     /// The device does not reset single queues: VIRTIO_F_RING_RESET was not negotiated.
     NoQueueReset,
+    /// The device says that a queue's reset is done, and that the queue runs. QEMU's devices do, up to 11.1: they offer
+    /// VIRTIO_F_RING_RESET and lack the register.
+    StillReady {
+        /// Which queue.
+        queue: u16,
+    },
 }
 
 impl fmt::Display for MmioError {
@@ -106,14 +112,15 @@ impl fmt::Display for MmioError {
             MmioError::TimedOut(Waiting::Queue(queue)) => write!(f, "the device does not answer on queue {queue}"),
             MmioError::NoQueue { queue } => write!(f, "the device has no queue {queue}"),
             MmioError::AlreadyReady { queue } => write!(f, "queue {queue} of the device runs, which nobody started"),
+            MmioError::StillReady { queue } => {
+                write!(f, "queue {queue} runs, though the device says that it was reset")
+            }
             MmioError::NoQueueReset => f.write_str("the device does not reset single queues"),
         }
     }
 }
 
 impl core::error::Error for MmioError {}
-
-const RING_RESET: u64 = F::RING_RESET.bits().to_ne() as u64;
 
 impl<R: Registers, W: Wait> Mmio<R, W> {
     /// Looks what is there. `slot` names it, as [`Identity::slot`] has it: the window's address will do.
@@ -153,23 +160,6 @@ impl<R: Registers, W: Wait> Mmio<R, W> {
         let causes = self.registers.read_u32(register::INTERRUPT_STATUS);
         self.registers.write_u32(register::INTERRUPT_ACK, causes);
         causes
-    }
-
-    /// Resets queue `queue` alone (§2.6.1.1): what it was lent is the driver's again when this returns. It can then be
-    /// started anew.
-    ///
-    /// # Errors
-    /// [`MmioError::NoQueueReset`], [`MmioError::TimedOut`].
-    pub fn reset_queue(&mut self, queue: u16) -> Result<(), MmioError> {
-        if self.features & RING_RESET == 0 {
-            return Err(MmioError::NoQueueReset);
-        }
-        self.registers.write_u32(register::QUEUE_SEL, queue.into());
-        self.registers.write_u32(register::QUEUE_RESET, 1);
-        let Self { registers, wait, .. } = self;
-        registers::until(wait, Waiting::QueueReset(queue), MmioError::TimedOut, || {
-            Ok(registers.read_u32(register::QUEUE_RESET) == 0)
-        })
     }
 
     fn write_u64(&self, offset: usize, value: u64) {
@@ -252,6 +242,22 @@ impl<R: Registers, W: Wait> Transport for Mmio<R, W> {
         self.write_u64(register::QUEUE_DEVICE, layout.device.0);
         self.registers.write_u32(register::QUEUE_READY, 1);
         Ok(())
+    }
+
+    fn reset_queue(&mut self, queue: u16) -> Result<(), MmioError> {
+        if self.features & RING_RESET == 0 {
+            return Err(MmioError::NoQueueReset);
+        }
+        self.registers.write_u32(register::QUEUE_SEL, queue.into());
+        self.registers.write_u32(register::QUEUE_RESET, 1);
+        let Self { registers, wait, .. } = self;
+        registers::until(wait, Waiting::QueueReset(queue), MmioError::TimedOut, || {
+            Ok(registers.read_u32(register::QUEUE_RESET) == 0)
+        })?;
+        match self.registers.read_u32(register::QUEUE_READY) {
+            0 => Ok(()),
+            _ => Err(MmioError::StillReady { queue }),
+        }
     }
 
     #[inline]

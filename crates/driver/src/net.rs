@@ -1,6 +1,6 @@
 //! The network device's driver (§5.1): packets, and no offloads.
 
-use crate::lending::{Back, Lender, LoanError, LoanId, Part};
+use crate::lending::{Back, CameBack, Lender, LoanError, LoanId, Part, Side};
 use crate::{Host, Running, StartError, Transport, Wants, config};
 use ringfence_dma::{Access, Buffer, Mapper};
 use virtio_spec::Id;
@@ -12,7 +12,7 @@ use virtio_spec::net::F;
 /// [sent](Self::send) and their buffers come back as [done](Self::sent). A running card allocates nothing.
 #[derive(Debug)]
 pub struct Net<'a, T: Transport, M: Mapper + ?Sized> {
-    lender: Lender<'a, T, M>,
+    pub(crate) lender: Lender<'a, T, M>,
     card: Card,
 }
 
@@ -142,12 +142,17 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Net<'a, T, M> {
     /// # Errors
     /// [`LoanError::Broken`]; [`LoanError::Short`] for a packet without a header, whose buffer is back all the same.
     pub fn received(&mut self) -> Result<Option<Received<'a>>, LoanError<T::Error>> {
-        let Some(Back { id, buffer, written, .. }) = self.lender.queues[RECEIVING].take()? else { return Ok(None) };
-        let buffer = buffer.expect("each chain has a buffer");
-        match written.checked_sub(HEADER) {
-            Some(len) => Ok(Some(Received { id, buffer, len: len as usize })),
-            None => Err(LoanError::Short { written, expected: HEADER }),
+        let Some(back) = self.lender.queues[RECEIVING].take()? else { return Ok(None) };
+        let len = payload(&back)?;
+        Ok(Some(Received { id: back.id, buffer: back.buffer.expect("each chain has a buffer"), len }))
+    }
+
+    /// The same for tasks, whichever way.
+    pub(crate) fn came_back(&mut self) -> CameBack<T::Error> {
+        if let Some(back) = self.lender.queues[RECEIVING].take()? {
+            return Ok(Some(((Side::In, back.id), payload(&back))));
         }
+        Ok(self.sent()?.map(|id| ((Side::Out, id), Ok(0))))
     }
 
     /// Sends a packet. The card sees it after [`notify`](Self::notify).
@@ -210,6 +215,17 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Net<'a, T, M> {
         self.lender.queues[RECEIVING].listen()
     }
 
+    /// Resets each queue alone, and has them go on: a card that is [`Broken`](LoanError::Broken), or that keeps a buffer
+    /// for too long, need not be given up. What was lent is back when this returns, and no [`LoanId`] of before is heard of
+    /// again.
+    ///
+    /// # Errors
+    /// [`LoanError::NotOffered`] where the device or the transport does not reset single queues, and
+    /// [`LoanError::Transport`]: as long as the device does not confirm, it keeps what it has.
+    pub fn restart(&mut self) -> Result<(), LoanError<T::Error>> {
+        self.lender.restart()
+    }
+
     /// The device below.
     pub fn device(&self) -> &Running<'a, T, M> {
         &self.lender.device
@@ -219,6 +235,12 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Net<'a, T, M> {
     pub fn device_mut(&mut self) -> &mut Running<'a, T, M> {
         &mut self.lender.device
     }
+}
+
+/// How long the packet is in what came back.
+fn payload<E>(back: &Back<'_>) -> Result<usize, LoanError<E>> {
+    let short = LoanError::Short { written: back.written, expected: HEADER };
+    back.written.checked_sub(HEADER).map(|len| len as usize).ok_or(short)
 }
 
 fn header(access: Access) -> Part {

@@ -1,6 +1,6 @@
 //! The entropy device's driver (§5.4).
 
-use crate::lending::{Lender, LoanError, LoanId};
+use crate::lending::{Back, CameBack, Lender, LoanError, LoanId, Side};
 use crate::{Host, Running, StartError, Transport, Wants};
 use ringfence_dma::{Access, Buffer, Mapper};
 use virtio_spec::Id;
@@ -10,7 +10,7 @@ use virtio_spec::Id;
 /// What comes out of it is as random as the device likes: a kernel mixes it with what it has.
 #[derive(Debug)]
 pub struct Rng<'a, T: Transport, M: Mapper + ?Sized> {
-    lender: Lender<'a, T, M>,
+    pub(crate) lender: Lender<'a, T, M>,
 }
 
 /// Random bytes that arrived.
@@ -81,13 +81,25 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Rng<'a, T, M> {
     /// # Errors
     /// [`LoanError::Short`] and [`LoanError::Broken`].
     pub fn poll(&mut self) -> Result<Option<Entropy<'a>>, LoanError<T::Error>> {
+        let Some((back, len)) = self.back()? else { return Ok(None) };
+        Ok(Some(Entropy { id: back.id, buffer: back.buffer.expect("each request has a buffer"), len: len? }))
+    }
+
+    /// What came back, and how many bytes are in it.
+    #[expect(clippy::type_complexity, reason = "one and its result")]
+    fn back(&mut self) -> Result<Option<(Back<'a>, Result<usize, LoanError<T::Error>>)>, LoanError<T::Error>> {
         let Some(back) = self.lender.queues[REQUESTS].take()? else { return Ok(None) };
-        let buffer = back.buffer.expect("each request has a buffer");
         // §5.4.6.2: one byte at least.
-        match back.written {
+        let len = match back.written {
             0 => Err(LoanError::Short { written: 0, expected: 1 }),
-            written => Ok(Some(Entropy { id: back.id, buffer, len: written as usize })),
-        }
+            written => Ok(written as usize),
+        };
+        Ok(Some((back, len)))
+    }
+
+    /// The same for tasks.
+    pub(crate) fn came_back(&mut self) -> CameBack<T::Error> {
+        Ok(self.back()?.map(|(back, len)| ((Side::In, back.id), len)))
     }
 
     /// Waits until [`poll`](Self::poll) may have something.
@@ -105,6 +117,17 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Rng<'a, T, M> {
     /// [`LoanError::Broken`].
     pub fn listen(&mut self) -> Result<bool, LoanError<T::Error>> {
         self.lender.queues[REQUESTS].listen()
+    }
+
+    /// Resets the queue alone, and has it go on: a source that is [`Broken`](LoanError::Broken), or that keeps a buffer
+    /// for too long, need not be given up. What was lent is back when this returns, and no [`LoanId`] of before is heard of
+    /// again.
+    ///
+    /// # Errors
+    /// [`LoanError::NotOffered`] where the device or the transport does not reset single queues, and
+    /// [`LoanError::Transport`]: as long as the device does not confirm, it keeps what it has.
+    pub fn restart(&mut self) -> Result<(), LoanError<T::Error>> {
+        self.lender.restart()
     }
 
     /// The device below.

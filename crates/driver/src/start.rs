@@ -260,6 +260,9 @@ const fn bits(feature: F) -> u64 {
     feature.bits().to_ne() as u64
 }
 
+/// VIRTIO_F_RING_RESET: the transport's to implement.
+pub(crate) const RING_RESET: u64 = bits(F::RING_RESET);
+
 /// How the queues of a driver that took `features` work.
 fn rules(features: u64) -> Rules {
     let taken = |feature| features & bits(feature) != 0;
@@ -315,6 +318,11 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Running<'a, T, M> {
             };
         }
         self.stopped
+    }
+
+    /// Whether single queues can be reset.
+    pub(crate) fn resets_queues(&self) -> bool {
+        self.features & RING_RESET != 0
     }
 
     /// The feature bits that were taken.

@@ -78,6 +78,15 @@ pub trait Transport {
     /// See [`status`](Self::status).
     fn start_queue(&mut self, queue: u16, layout: &Layout) -> Result<(), Self::Error>;
 
+    /// Resets queue `queue` alone, and returns when the device has confirmed that: from then on it touches nothing that it
+    /// was lent through it, and the queue can be started anew (§2.6.1). For a transport that has VIRTIO_F_RING_RESET among
+    /// its [`features`](Self::features), where that was taken.
+    ///
+    /// # Errors
+    /// Also when the device does not confirm, or the queue can't be reset alone. What was lent through it is the device's
+    /// then as before.
+    fn reset_queue(&mut self, queue: u16) -> Result<(), Self::Error>;
+
     /// Tells the device that there is something new in queue `queue`.
     ///
     /// # Errors
@@ -139,6 +148,10 @@ impl<T: Transport> Transport for &mut T {
 
     fn start_queue(&mut self, queue: u16, layout: &Layout) -> Result<(), Self::Error> {
         (**self).start_queue(queue, layout)
+    }
+
+    fn reset_queue(&mut self, queue: u16) -> Result<(), Self::Error> {
+        (**self).reset_queue(queue)
     }
 
     fn notify(&mut self, queue: u16) -> Result<(), Self::Error> {

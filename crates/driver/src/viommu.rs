@@ -284,6 +284,17 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Viommu<'a, T, M> {
         }
     }
 
+    /// Resets each queue alone, and has them go on: an IOMMU that broke the rules, or did not answer, need not be given up.
+    /// Its domains are what they were, as far as it was told before.
+    ///
+    /// # Errors
+    /// [`LoanError::NotOffered`] where the device or the transport does not reset single queues, and
+    /// [`LoanError::Transport`].
+    pub fn restart(&self) -> Result<(), LoanError<T::Error>> {
+        self.lender.lock().restart()?;
+        self.listen()
+    }
+
     /// Lends the device all the room for faults that there is.
     fn listen(&self) -> Result<(), LoanError<T::Error>> {
         let mut lender = self.lender.lock();

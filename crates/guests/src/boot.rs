@@ -74,7 +74,21 @@ pub enum System<'a> {
         xen: Option<&'a Path>,
     },
     /// A bare program that drives the disk and prints what the init script does.
-    Program(&'a Path),
+    Program {
+        /// For QEMU's `-kernel`.
+        program: &'a Path,
+        /// Its command line.
+        arguments: &'a str,
+    },
+    /// Linux with one program, that has the disk given to it by VFIO and prints what the init script does.
+    UserSpace {
+        /// A kernel of the platform's series and architecture.
+        kernel: &'a Kernel,
+        /// A static program.
+        program: &'a Path,
+        /// What is added to the kernel's command line.
+        arguments: &'a str,
+    },
 }
 
 /// A guest to boot.
@@ -197,17 +211,21 @@ impl Boot<'_> {
     }
 
     fn system_options(&self, command: &mut Command, folder: &Path) -> Result<(), Error> {
-        let (kernel, busybox, xen) = match self.system {
-            System::Linux { kernel, busybox, xen } => (kernel, busybox, xen),
-            System::Program(program) => {
-                command.arg("-kernel").arg(program);
+        let (kernel, archive, xen, more) = match self.system {
+            System::Linux { kernel, busybox, xen } => {
+                (kernel, Initramfs::build(kernel, busybox, self.platform.modules)?, xen, "")
+            }
+            System::UserSpace { kernel, program, arguments } => {
+                (kernel, Initramfs::of_program(kernel, program, VFIO_MODULES)?, None, arguments)
+            }
+            System::Program { program, arguments } => {
+                command.arg("-kernel").arg(program).args(["-append", arguments]);
                 return Ok(());
             }
         };
         let initramfs = folder.join("initramfs");
-        let archive = Initramfs::build(kernel, busybox, self.platform.modules)?;
         fs::write(&initramfs, archive.bytes()).map_err(Error::file("cannot write", &initramfs))?;
-        let arguments = self.kernel_arguments();
+        let arguments = format!("{} {more}", self.kernel_arguments());
         match xen {
             None => {
                 command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(initramfs);
@@ -280,6 +298,9 @@ impl Boot<'_> {
         line
     }
 }
+
+/// What a program needs of the kernel that drives a PCI function by VFIO.
+pub const VFIO_MODULES: &[&str] = &["vfio_iommu_type1", "vfio_pci"];
 
 /// Files in a boot's folder.
 const MONITOR: &str = "monitor";

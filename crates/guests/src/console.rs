@@ -47,6 +47,8 @@ pub enum DiskState {
     Absent,
     /// The disk is there and answers no read.
     Stuck,
+    /// The driver will have nothing to do with it.
+    Refused,
 }
 
 /// What the guest said of itself.
@@ -117,6 +119,7 @@ fn disk_state(value: &str) -> Option<DiskState> {
         "ready" => Some(DiskState::Ready),
         "absent" => Some(DiskState::Absent),
         "stuck" => Some(DiskState::Stuck),
+        "refused" => Some(DiskState::Refused),
         _ => None,
     }
 }

@@ -56,7 +56,7 @@ mod unpacked;
 mod virtiofsd;
 
 pub use backend::Backend;
-pub use boot::{Boot, Disk, End, Interface, Outcome, System, VirtioFlag, Watch};
+pub use boot::{Boot, Disk, End, Interface, Outcome, System, VFIO_MODULES, VirtioFlag, Watch};
 pub use cache::{Cache, scratch};
 pub use console::{DiskState, Features, Guest};
 pub use error::Error;

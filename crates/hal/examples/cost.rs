@@ -189,6 +189,10 @@ impl Transport for Ours {
         Ok(())
     }
 
+    fn reset_queue(&mut self, _: u16) -> Result<(), Infallible> {
+        unreachable!("it is not among the features")
+    }
+
     fn notify(&mut self, _: u16) -> Result<(), Infallible> {
         Ok(())
     }

@@ -128,6 +128,10 @@ impl<S: Slot> DeviceEnd for Attached<S> {
         }
     }
 
+    fn reset_queue(&mut self, queue: u16) {
+        self.queues.remove(&queue);
+    }
+
     fn turn(&mut self, queue: u16) -> bool {
         let Some(served) = self.queues.get_mut(&queue) else { return false };
         match turn(served) {

@@ -250,7 +250,7 @@ mod tests {
             assert_eq!(text.parse::<Select>(), Err(error));
         }
         let error = "driver=older".parse::<Select>().unwrap_err();
-        let known = "allowing, linux, linux-legacy, new, old, refusing, virtio-drivers";
+        let known = "allowing, linux, linux-legacy, new, old, refusing, ringfence, ringfence-allowing, virtio-drivers";
         assert_eq!(error.to_string(), format!("no driver is called 'older': there are {known}"));
     }
 }

@@ -2,14 +2,16 @@
 //! docs/compatibility.json has it.
 //!
 //! With `UPDATE_DOCS=1` they are written anew, and with `REAL_RUN=FILE`, which `ringfence matrix --real --format json`
-//! wrote, the real matrix is that one from then on.
+//! wrote, the real cells that this has are those from then on.
 
 use ringfence_matrix::proposal::{Agreement, Proposal, Sentence};
-use ringfence_matrix::record::{SCHEMA, Table};
+use ringfence_matrix::real;
+use ringfence_matrix::record::{Record, SCHEMA, Table};
 use ringfence_matrix::report::Cell;
 use ringfence_matrix::{Genuine, Matrix, Select, Verdict, compatibility};
 use std::fmt::Write;
-use std::{env, fs, path};
+use std::path::{Path, PathBuf};
+use std::{env, fs};
 
 const BEGIN: &str = "<!-- sentences: begin -->\n";
 const END: &str = "<!-- sentences: end -->\n";
@@ -26,14 +28,26 @@ fn the_sentences_are_in_step() {
 fn the_compatibility_is_in_step() {
     let data = docs("compatibility.json");
     if let (true, Some(run)) = (updating(), env::var_os("REAL_RUN")) {
-        let run = Table::from_json(&fs::read_to_string(run).unwrap()).unwrap();
-        fs::write(&data, serde_json::to_string_pretty(&kept(run)).unwrap() + "\n").unwrap();
+        let [stored, run] =
+            [&*data, Path::new(&run)].map(|file| Table::from_json(&fs::read_to_string(file).unwrap()).unwrap());
+        fs::write(&data, serde_json::to_string_pretty(&renewed(stored, kept(run))).unwrap() + "\n").unwrap();
     }
     let stored = Table::from_json(&fs::read_to_string(&data).unwrap()).unwrap();
     assert_eq!(kept(stored.clone()), stored, "docs/compatibility.json holds more than a reader needs");
     let mut both = Matrix::run(&Select::default(), &Genuine).table();
     both.cells.extend(stored.cells);
     in_step("compatibility.md", &compatibility::page(&both));
+}
+
+/// What is stored, with the cells of a run in the place of earlier ones, in the order in which all run.
+fn renewed(stored: Table, run: Table) -> Table {
+    let name = |cell: &Record| format!("{} {} {}", cell.platform, cell.driver, cell.device);
+    let newer: Vec<_> = run.cells.iter().map(name).collect();
+    let older = stored.cells.into_iter().filter(|cell| !newer.contains(&name(cell)));
+    let mut cells: Vec<_> = older.chain(run.cells).collect();
+    let order: Vec<_> = real::Cell::all().iter().map(ToString::to_string).collect();
+    cells.sort_by_key(|cell| order.iter().position(|known| *known == name(cell)).unwrap_or(usize::MAX));
+    Table { schema: SCHEMA, cells }
 }
 
 /// What is worth keeping of a real run: its cells, without what is about the machine that it ran on.
@@ -45,8 +59,8 @@ fn kept(run: Table) -> Table {
     Table { schema: SCHEMA, cells }
 }
 
-fn docs(name: &str) -> path::PathBuf {
-    path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs").join(name)
+fn docs(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs").join(name)
 }
 
 fn updating() -> bool {

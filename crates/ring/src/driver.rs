@@ -192,6 +192,15 @@ impl Token {
     }
 }
 
+impl Ring {
+    fn new(rules: Rules, size: u16) -> Self {
+        match rules.format {
+            Format::Split => Ring::Split(split::Ring::new(size, rules.notifications)),
+            Format::Packed => Ring::Packed(packed::Ring::new(size, rules.notifications)),
+        }
+    }
+}
+
 macro_rules! either {
     ($on:expr, $ring:ident => $call:expr) => {
         match $on {
@@ -214,11 +223,7 @@ impl<M: RingMemory> DriverQueue<M> {
         let cells = memory.cells();
         assert_eq!((cells.format(), cells.size()), (rules.format, size), "another ring's memory");
         cells.clear();
-        let ring = match rules.format {
-            Format::Split => Ring::Split(split::Ring::new(size, rules.notifications)),
-            Format::Packed => Ring::Packed(packed::Ring::new(size, rules.notifications)),
-        };
-        Ok(Self { memory, rules, chains: Chains::new(size, |_| ()), ring, poison: None })
+        Ok(Self { memory, rules, chains: Chains::new(size, |_| ()), ring: Ring::new(rules, size), poison: None })
     }
 
     /// The same queue, which keeps a record beside the chain of each token: a caller's table, where the queue looks anyway.
@@ -543,6 +548,20 @@ impl<M: RingMemory, T> DriverQueue<M, T> {
         self.poison
     }
 
+    /// Begins anew, as [`Self::new`] does, whatever became of the queue: for one that the device has let go of (§2.6.1).
+    /// `lost` hears of each chain that did not come back.
+    pub fn reset(&mut self, mut lost: impl FnMut(Token, &mut T)) {
+        let Self { memory, rules, chains, ring, poison } = self;
+        for (id, entry) in (0..).zip(&mut chains.entries) {
+            if entry.taken != 0 {
+                lost(Token(id), &mut entry.record);
+            }
+        }
+        memory.cells().clear();
+        chains.reset();
+        (*ring, *poison) = (Ring::new(*rules, chains.size), None);
+    }
+
     /// What is kept beside the chain of that token.
     #[inline]
     pub fn record(&mut self, token: Token) -> &mut T {
@@ -613,6 +632,17 @@ impl<T> Chains<T> {
             record: records(Token(id)),
         });
         Self { entries: entries.collect(), links: (1..=size).collect(), next: 0, free: size, size }
+    }
+
+    /// All are free, in their first order, and none is in the ring's memory.
+    fn reset(&mut self) {
+        let Self { entries, links, next, free, size } = self;
+        for (id, entry) in (0..).zip(entries) {
+            let Entry { last, middle, taken, writable, standing, record: _ } = entry;
+            (*last, *middle, *taken, *writable, *standing) = (id, id, 0, 0, Standing::Nowhere);
+        }
+        (1..).zip(links).for_each(|(id, link)| *link = id);
+        (*next, *free) = (0, *size);
     }
 
     #[inline]

@@ -200,6 +200,10 @@ impl<T: Transport> Transport for Rung<T> {
         self.inner.start_queue(queue, layout)
     }
 
+    fn reset_queue(&mut self, queue: u16) -> Result<(), T::Error> {
+        self.inner.reset_queue(queue)
+    }
+
     fn notify(&mut self, queue: u16) -> Result<(), T::Error> {
         let _ = rustix::io::write(&self.bells[usize::from(queue)], &1_u64.to_ne_bytes());
         Ok(())

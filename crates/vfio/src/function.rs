@@ -1,4 +1,5 @@
 use crate::sys::{self, Mapping, Region};
+use crate::vector::Vector;
 use ringfence_dma::RegisterWindow;
 use ringfence_driver::Registers;
 use ringfence_driver::pci::{Bar, BarKind, Function as PciFunction};
@@ -30,6 +31,15 @@ impl Function {
     pub(crate) fn new(device: File, name: &str) -> io::Result<Self> {
         let Region { offset: config, .. } = sys::region(&device, CONFIG_REGION)?;
         Ok(Self { device, config, slot: slot(name) })
+    }
+
+    /// Turns the function's MSI-X on, with so many vectors: for `Interrupts::Vectors` of `ringfence_driver::pci`, whose
+    /// numbers are the places in this list.
+    ///
+    /// # Errors
+    /// Those of VFIO_DEVICE_SET_IRQS: there are fewer, or none.
+    pub fn vectors(&self, count: usize) -> io::Result<Vec<Vector>> {
+        Vector::all(&self.device, count)
     }
 }
 

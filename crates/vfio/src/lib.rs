@@ -3,7 +3,7 @@
 //! Knows VFIO's groups, containers (type 1) and regions; knows no virtio. A [`Function`] is what
 //! `ringfence_driver::pci` wants of PCI, a [`Container`] is the [`Iommu`](ringfence_driver::mapper::Iommu) that
 //! the function is behind, and a [`Memory`] is what may be mapped in it. The device reaches what is mapped, and nothing
-//! else of this process or of the machine.
+//! else of this process or of the machine. Its interrupts are [`Vector`]s.
 //!
 //! ```no_run
 //! use ringfence_dma::{BusAddr, Mapper};
@@ -37,7 +37,9 @@ mod container;
 mod function;
 mod memory;
 mod sys;
+mod vector;
 
 pub use container::Container;
 pub use function::{Function, RegisterMapping};
 pub use memory::Memory;
+pub use vector::Vector;

@@ -17,6 +17,7 @@ const GROUP_GET_STATUS: u64 = request(3);
 const GROUP_SET_CONTAINER: u64 = request(4);
 const GROUP_GET_DEVICE_FD: u64 = request(6);
 const DEVICE_GET_REGION_INFO: u64 = request(8);
+const DEVICE_SET_IRQS: u64 = request(10);
 const IOMMU_MAP_DMA: u64 = request(13);
 const IOMMU_UNMAP_DMA: u64 = request(14);
 
@@ -90,6 +91,53 @@ pub(crate) fn region(device: &File, index: u32) -> io::Result<Region> {
     let mut region = Region { argsz, flags: 0, index, cap_offset: 0, size: 0, offset: 0 };
     with_struct(device, DEVICE_GET_REGION_INFO, &mut region)?;
     Ok(region)
+}
+
+/// VFIO_PCI_MSIX_IRQ_INDEX.
+const MSIX: u32 = 2;
+
+/// VFIO_IRQ_SET_DATA_EVENTFD and VFIO_IRQ_SET_ACTION_TRIGGER.
+const TRIGGERS_EVENTFD: u32 = 1 << 2 | 1 << 5;
+
+/// The most vectors that are asked for at once.
+pub(crate) const MOST_VECTORS: usize = 64;
+
+/// Has MSI-X vectors, from the first one on, signal these eventfds; vectors are on from then on.
+pub(crate) fn set_vectors(device: &File, eventfds: &[&File]) -> io::Result<()> {
+    #[repr(C)]
+    struct Set {
+        argsz: u32,
+        flags: u32,
+        index: u32,
+        start: u32,
+        count: u32,
+        descriptors: [i32; MOST_VECTORS],
+    }
+    if eventfds.is_empty() || eventfds.len() > MOST_VECTORS {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut descriptors = [-1; MOST_VECTORS];
+    for (to, eventfd) in descriptors.iter_mut().zip(eventfds) {
+        *to = eventfd.as_raw_fd();
+    }
+    let (argsz, count) = (size_of::<Set>() as u32, eventfds.len() as u32);
+    let mut set = Set { argsz, flags: TRIGGERS_EVENTFD, index: MSIX, start: 0, count, descriptors };
+    with_struct(device, DEVICE_SET_IRQS, &mut set).map(drop)
+}
+
+/// An eventfd that is read without waiting.
+pub(crate) fn eventfd() -> io::Result<File> {
+    // SAFETY: makes a descriptor, and touches no memory.
+    let descriptor = check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })?;
+    // SAFETY: the kernel opened it just now, for us.
+    Ok(File::from(unsafe { OwnedFd::from_raw_fd(descriptor) }))
+}
+
+/// Whether there is something to read before so many milliseconds are over.
+pub(crate) fn is_readable(file: &File, milliseconds: libc::c_int) -> io::Result<bool> {
+    let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one structure, which is exclusively ours.
+    Ok(check(unsafe { libc::poll(&raw mut poll, 1, milliseconds) })? > 0)
 }
 
 pub(crate) const READ: u32 = 1;

@@ -82,6 +82,10 @@ impl DeviceEnd for End {
         true
     }
 
+    fn reset_queue(&mut self, _queue: u16) {
+        self.queue = None;
+    }
+
     fn turn(&mut self, _queue: u16) -> bool {
         serve(self)
     }

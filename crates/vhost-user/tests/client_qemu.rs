@@ -1,14 +1,19 @@
 //! The front-end against a back-end that other people wrote: qemu-storage-daemon.
 
-use ringfence_dma::{FrontendVa, Gpa};
+use ringfence_dma::{Buffer, FrontendVa, Gpa};
+use ringfence_driver::Host;
+use ringfence_driver::blk::{self, Blk};
+use ringfence_driver::mapper::Direct;
+use ringfence_driver::policy::{DriverPolicy, Platform};
 use ringfence_hostmem::{Placement, SharedMemory};
-use ringfence_vhost_user::client::{Frontend, Options, Vring};
+use ringfence_vhost_user::client::{Attachment, Frontend, FrontendTransport, Options, Vring};
 use ringfence_vhost_user::wire::ProtocolFeatures;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, Command};
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
@@ -58,6 +63,47 @@ fn connect(socket: &Path, daemon: &mut Daemon) -> Frontend {
 
 fn bell() -> OwnedFd {
     eventfd(0, EventfdFlags::CLOEXEC).unwrap()
+}
+
+/// Its queue is stopped and begins anew, though it knows nothing of VIRTIO_F_RING_RESET: that is the front-end's business.
+#[test]
+fn a_disk_of_qemu_storage_daemon_goes_on_after_its_queue_was_reset() {
+    const LEN: usize = 1 << 20;
+    let folder = tempfile::tempdir().unwrap();
+    let (image, socket) = (folder.path().join("image"), folder.path().join("socket"));
+    let content: Vec<u8> = (0..LEN).map(|at| (at / SECTOR) as u8 ^ at as u8).collect();
+    std::fs::write(&image, &content).unwrap();
+    let Some(mut daemon) = daemon(&image, &socket) else {
+        let _ = writeln!(std::io::stderr(), "SKIPPED: qemu-storage-daemon is not installed (package qemu-utils)");
+        return;
+    };
+    let frontend = Arc::new(connect(&socket, &mut daemon));
+    let memory = SharedMemory::new(LEN).unwrap();
+    let place = Placement { gpa: Gpa(0), frontend_va: FrontendVa(FRONTEND), size: LEN as u64, offset: 0 };
+    frontend.set_memory(&[(place, memory.as_fd())]).unwrap();
+    let attachment = Attachment {
+        device: 2,
+        queue_size: 64,
+        gpa: Gpa(0),
+        frontend_va: FrontendVa(FRONTEND),
+        patience: Duration::from_secs(30),
+    };
+    let half = |first| Buffer::new(memory.slice(first, LEN / 2), Gpa(first as u64));
+    let direct = Direct::new(half(0));
+    let host =
+        Host { platform: Platform::X86, policy: DriverPolicy::Old, physical: Some(&direct), translated: None };
+    let transport = FrontendTransport::new(frontend, attachment);
+    let mut disk = Blk::start(transport, host, blk::Options { depth: 64, segments: 4 }).unwrap();
+    let into = half(LEN / 2).sub(0, SECTOR);
+    for sector in 0..300 {
+        if sector % 100 == 50 {
+            disk.restart().unwrap();
+        }
+        disk.read(sector as u64, &[into]).unwrap();
+        let mut bytes = [0; SECTOR];
+        into.memory().read(0, &mut bytes);
+        assert_eq!(bytes, content[sector * SECTOR..][..SECTOR], "sector {sector}");
+    }
 }
 
 #[test]

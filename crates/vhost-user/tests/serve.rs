@@ -4,7 +4,7 @@ mod served;
 
 use ringfence_dma::{Access, BusAddr, FromDevice, Streaming};
 use ringfence_driver::StartError;
-use ringfence_driver::blk::Request;
+use ringfence_driver::blk::{Request, RequestError};
 use ringfence_driver::mapper::{Direct, Premapped};
 use ringfence_iommu::Strict;
 use ringfence_policy::{Addressing, IommuMode};
@@ -184,6 +184,31 @@ fn stop_and_go_on(before: fn(&client::Frontend), after: fn(&client::Frontend)) {
     assert_eq!(served::bytes(all.sub(0, PAGE)), [0; PAGE]);
     let bus = Streaming::map(&fixed, all.sub(0, PAGE), FromDevice).unwrap().addr();
     assert!(bus > BusAddr(1 << 63), "not a bus address: {bus}");
+}
+
+/// The front-end has a queue stop and begin anew; what was under way is the driver's again.
+#[test]
+fn a_queue_is_reset_alone_and_goes_on() {
+    let served = Served::start(IommuMode::Offer);
+    let frontend = Frontend::connect_slowly(&served, Duration::from_millis(20));
+    let strict = Strict::new(Arc::clone(&frontend.domain), frontend.buffer(RINGS));
+    let mut disk = frontend.start(Driver::New, &strict).unwrap();
+    frontend.write_and_read_back(&mut disk, 0);
+    let idle = frontend.domain.mapped();
+    for round in 1..4 {
+        let into = [frontend.buffer((BUFFERS.0, PAGE))];
+        let ids: Vec<_> = (0..8).map(|_| disk.submit(Request::Read { sector: 0, into: &into }).unwrap()).collect();
+        disk.notify().unwrap();
+        disk.restart().unwrap();
+        assert_eq!(frontend.domain.mapped(), idle, "what was lent is back");
+        for id in ids {
+            let ended = disk.poll().unwrap().map(|ended| (ended.id, ended.result));
+            assert_eq!(ended, Some((id, Err(RequestError::Lost))));
+        }
+        frontend.write_and_read_back(&mut disk, round);
+    }
+    drop(disk);
+    assert_eq!(frontend.domain.mapped(), 0);
 }
 
 /// Whatever comes over the socket, the next front-end is served.

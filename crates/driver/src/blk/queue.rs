@@ -1,13 +1,13 @@
 //! One queue of a disk: requests on their way, and nothing about how the device is rung.
 
 use super::record::{Kind, Record};
-use super::{Answer, BlkError, Completion, Geometry, Limits, Request, RequestId, SECTOR};
+use super::{Answer, BlkError, Completion, Geometry, Limits, Request, RequestError, RequestId, SECTOR};
 use crate::loans::{self, Loans};
 use crate::queue::{self, Pieces};
 use alloc::vec::Vec;
 use core::convert::Infallible;
 use ringfence_dma::{Access, Buffer, DmaError, Loan, Mapper};
-use ringfence_ring::{AddError, Descriptor, Framed, Indirect, Token};
+use ringfence_ring::{AddError, Descriptor, Framed, Indirect, Layout, Token};
 use virtio_spec::blk::T as Type;
 
 /// Why a queue did not do as asked; it has no way to a device that could fail.
@@ -195,6 +195,26 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     /// Lets the device know that it need not tell. It may all the same.
     pub fn ignore(&mut self) {
         self.ring.ring.disable_callbacks();
+    }
+
+    /// Where the ring is.
+    pub(super) fn layout(&self) -> Layout {
+        self.ring.layout
+    }
+
+    /// Begins anew with a ring that the device has let go of: what was lent is taken back. `ended` hears of requests that
+    /// somebody still wants to hear of; each is set aside.
+    pub(super) fn restart(&mut self, mut ended: impl FnMut(Completion)) {
+        let Self { ring, spare, .. } = self;
+        ring.ring.reset(|_, slot| {
+            slot.loans.take_back();
+            if slot.kind != Kind::Abandoned {
+                let id = RequestId { slot: slot.number, generation: slot.generation };
+                slot.number = spare.pop().expect("no more are kept than there are slots");
+                ended(Completion { id, result: Err(RequestError::Lost) });
+            }
+        });
+        ring.ring.disable_callbacks();
     }
 
     /// Gives up for lost whatever the device may still touch.

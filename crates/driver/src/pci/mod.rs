@@ -16,13 +16,13 @@ pub use function::{Bar, BarKind, Function};
 
 use crate::policy::{Identity, Taken};
 use crate::registers::{self, Registers, Wait, Waiting};
+use crate::start::RING_RESET;
 use crate::{DeviceStatus, Transport};
 use alloc::vec::Vec;
 use capabilities::Found;
 use common::NO_VECTOR;
 use core::fmt;
 use ringfence_ring::Layout;
-use virtio_spec::F;
 
 /// A virtio device on PCI.
 #[derive(Debug)]
@@ -232,33 +232,6 @@ impl<F: Function, W: Wait> Pci<F, W> {
         &self.isr
     }
 
-    /// Resets queue `queue` alone (§2.6.1.1): what it was lent is the driver's again when this returns. It can then be
-    /// started anew.
-    ///
-    /// # Errors
-    /// [`PciError::NoQueueReset`], [`PciError::NoQueue`], [`PciError::TimedOut`], [`PciError::StillEnabled`],
-    /// [`PciError::Gone`].
-    pub fn reset_queue(&mut self, queue: u16) -> Result<(), PciError> {
-        if self.features & RING_RESET == 0 || self.common.len() < common::WITH_QUEUE_RESET {
-            return Err(PciError::NoQueueReset);
-        }
-        self.select(queue)?;
-        self.common.write_u16(common::QUEUE_RESET, 1);
-        let Self { function, wait, common, .. } = self;
-        // §4.1.4.3.2: it reads 1 until the reset is done.
-        registers::until(wait, Waiting::QueueReset(queue), PciError::TimedOut, || {
-            match common.read_u16(common::QUEUE_RESET) {
-                0 => Ok(true),
-                u16::MAX if function::is_gone(function) => Err(PciError::Gone),
-                _ => Ok(false),
-            }
-        })?;
-        match self.common.read_u16(common::QUEUE_ENABLE) {
-            0 => Ok(()),
-            _ => Err(PciError::StillEnabled { queue }),
-        }
-    }
-
     fn select(&mut self, queue: u16) -> Result<(), PciError> {
         if queue >= self.common.read_u16(common::NUM_QUEUES) {
             return Err(PciError::NoQueue { queue });
@@ -300,8 +273,6 @@ impl<F: Function, W: Wait> Pci<F, W> {
         self.common.write_u32(offset + 4, (value >> 32) as u32);
     }
 }
-
-const RING_RESET: u64 = F::RING_RESET.bits().to_ne() as u64;
 
 impl<F: Function, W: Wait> Transport for Pci<F, W> {
     type Error = PciError;
@@ -400,6 +371,27 @@ impl<F: Function, W: Wait> Transport for Pci<F, W> {
         }
         self.doorbells[number] = doorbell;
         Ok(())
+    }
+
+    fn reset_queue(&mut self, queue: u16) -> Result<(), PciError> {
+        if self.features & RING_RESET == 0 || self.common.len() < common::WITH_QUEUE_RESET {
+            return Err(PciError::NoQueueReset);
+        }
+        self.select(queue)?;
+        self.common.write_u16(common::QUEUE_RESET, 1);
+        let Self { function, wait, common, .. } = self;
+        // §4.1.4.3.2: it reads 1 until the reset is done.
+        registers::until(wait, Waiting::QueueReset(queue), PciError::TimedOut, || {
+            match common.read_u16(common::QUEUE_RESET) {
+                0 => Ok(true),
+                u16::MAX if function::is_gone(function) => Err(PciError::Gone),
+                _ => Ok(false),
+            }
+        })?;
+        match self.common.read_u16(common::QUEUE_ENABLE) {
+            0 => Ok(()),
+            _ => Err(PciError::StillEnabled { queue }),
+        }
     }
 
     #[inline]

@@ -269,3 +269,58 @@ fn whoever_breaks_the_rules_is_of_no_use_any_more() {
         });
     }
 }
+
+/// A device whose queue is of no use any more goes on with a queue that was reset alone, and nothing is lent meanwhile.
+#[test]
+fn a_queue_that_broke_goes_on_after_a_reset_of_its_own() {
+    for (ring, crime) in [0, PACKED | EVENT_IDX].into_iter().flat_map(|ring| CRIMES.map(|crime| (ring, crime))) {
+        let world = World::new();
+        let context = format!("{crime:?}, ring {ring:#x}");
+        let all = |_: u16, _: &[u8], room: usize| Some(vec![7; room]);
+        world.with_mapper(Mapping::Dynamic, |mapper| {
+            let mut transport = Peer::new(&world, 4, 1, ring | RING_RESET, all).embedded(IommuMode::Offer);
+            transport.device_mut().crime = crime;
+            let mut rng = Rng::start(&mut transport, new_driver(mapper)).unwrap();
+            let idle = world.domain.mapped();
+            let old = rng.submit(world.buffer(4096, 8)).unwrap();
+            let broken = rng.fill(world.buffer(0, 8)).map(drop).and_then(|()| rng.poll().map(drop));
+            assert!(matches!(broken, Err(LoanError::Broken(_))), "{context}: {broken:?}");
+            rng.restart().unwrap();
+            assert_eq!(world.domain.mapped(), idle, "{context}: all is back");
+            for _ in 0..30 {
+                assert_eq!(rng.fill(world.buffer(0, 8)), Ok(8), "{context}");
+            }
+            assert_ne!(rng.submit(world.buffer(0, 8)), Ok(old));
+            drop(rng);
+            assert_eq!(transport.device().queue_resets, 1);
+
+            let mut transport = Peer::new(&world, 1, 2, ring | RING_RESET, all).embedded(IommuMode::Offer);
+            transport.device_mut().crime = crime;
+            let mut net = Net::start(&mut transport, new_driver(mapper), Options::default()).unwrap();
+            let idle = world.domain.mapped();
+            net.offer(world.buffer(0, 1514)).unwrap();
+            net.send(&[world.buffer(4096, 60)]).unwrap();
+            let _ = net.notify();
+            net.restart().unwrap();
+            assert_eq!(world.domain.mapped(), idle, "{context}: all is back");
+            let id = net.offer(world.buffer(0, 1514)).unwrap();
+            net.notify().unwrap();
+            let received = net.received().unwrap().expect("a packet");
+            assert_eq!((received.id, received.len), (id, 1514), "{context}");
+            drop(net);
+            assert_eq!(transport.device().queue_resets, 2);
+        });
+        assert_eq!(world.domain.mapped(), 0, "{context}");
+    }
+}
+
+#[test]
+fn a_device_without_queue_resets_is_not_asked_for_one() {
+    let world = World::new();
+    let mut transport = rng(&world, 0, |_, _, room| Some(vec![7; room])).embedded(IommuMode::Offer);
+    world.with_mapper(Mapping::Dynamic, |mapper| {
+        let mut rng = Rng::start(&mut transport, new_driver(mapper)).unwrap();
+        assert_eq!(rng.restart(), Err(LoanError::NotOffered));
+        assert_eq!(rng.fill(world.buffer(0, 8)), Ok(8));
+    });
+}

@@ -69,8 +69,9 @@ fn a_device_that_lies_is_named() {
 fn a_queue_is_reset_alone() {
     for (features, lie, expected) in [
         (RING_RESET, Lie::None, Ok(())),
-        (0, Lie::None, Err(MmioError::NoQueueReset)),
-        (RING_RESET, Lie::NoQueueReset, Err(MmioError::TimedOut(Waiting::QueueReset(0)))),
+        (0, Lie::None, Err(BlkError::NotOffered)),
+        (RING_RESET, Lie::NoQueueReset, Err(BlkError::Transport(MmioError::TimedOut(Waiting::QueueReset(0))))),
+        (RING_RESET, Lie::StillEnabled, Err(BlkError::Transport(MmioError::StillReady { queue: 0 }))),
     ] {
         let world = World::new();
         let core = Core::shared(&world, DISK_FEATURES | features, IommuMode::Offer);
@@ -78,7 +79,7 @@ fn a_queue_is_reset_alone() {
         let transport = Mmio::new(MmioModel::new(&core), 0, patience(&core)).unwrap();
         world.with_mapper(Mapping::Dynamic, |mapper| {
             let mut disk = Blk::start(transport, new_driver(mapper), Options::default()).unwrap();
-            assert_eq!(disk.device_mut().transport_mut().reset_queue(0), expected);
+            check_restart(&world, &core, &mut disk, expected);
         });
     }
 }

@@ -2,11 +2,12 @@
 //! register touched in the wrong width, order or state is a panic.
 
 use crate::world::*;
-use ringfence_dma::BusAddr;
+use ringfence_dma::{BusAddr, Mapper};
+use ringfence_driver::blk::{Blk, BlkError, Completion, Request, RequestError};
 use ringfence_driver::embedded::DeviceEnd;
 use ringfence_driver::pci::{Bar, Function};
 use ringfence_driver::policy::{Addressing, IommuMode};
-use ringfence_driver::{Registers, Waiting};
+use ringfence_driver::{Registers, Transport, Waiting};
 use ringfence_ring::Layout;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -16,8 +17,6 @@ pub(crate) const DRIVER: u8 = 2;
 pub(crate) const DRIVER_OK: u8 = 4;
 pub(crate) const FEATURES_OK: u8 = 8;
 pub(crate) const FAILED: u8 = 128;
-
-pub(crate) const RING_RESET: u64 = 1 << 40;
 
 /// How the device does not do as it should.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -632,4 +631,36 @@ impl Registers for PciWindow {
 /// What the device was told about addresses.
 pub(crate) fn addressing(core: &Shared) -> Option<Addressing> {
     core.borrow().disk.addressing
+}
+
+/// Has the disk's queue reset while it has a request. Where that comes to `Ok`, the disk goes on and the request is lost; else
+/// it keeps what it was lent.
+pub(crate) fn check_restart<'a, T: Transport<Error: PartialEq>>(
+    world: &'a World,
+    core: &RefCell<Core>,
+    disk: &mut Blk<'a, T, dyn Mapper + 'a>,
+    expected: Result<(), BlkError<T::Error>>,
+) {
+    let idle = world.domain.mapped();
+    core.borrow_mut().disk.mood = Mood::Sleepy;
+    let lost = disk.submit(Request::Read { sector: 0, into: &[world.buffer(0, 512)] }).unwrap();
+    disk.notify().unwrap();
+    core.borrow_mut().disk.mood = Mood::Good;
+    let outcome = disk.restart();
+    assert_eq!(outcome, expected);
+    if outcome.is_err() {
+        assert_eq!(world.domain.mapped(), idle + 1, "it stays lent");
+        assert_eq!(disk.poll(), Ok(None));
+        return;
+    }
+    assert_eq!(world.domain.mapped(), idle, "all is back");
+    assert_eq!(disk.poll(), Ok(Some(Completion { id: lost, result: Err(RequestError::Lost) })));
+    let data = [world.buffer(0, 512)];
+    for round in 0..300 {
+        data[0].memory().write(0, &stamp(round, 512));
+        disk.write(1, &data).unwrap();
+        data[0].memory().fill(0);
+        disk.read(1, &data).unwrap();
+        assert_eq!(bytes(data[0]), stamp(round, 512));
+    }
 }

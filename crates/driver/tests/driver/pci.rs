@@ -5,7 +5,7 @@ use crate::world::*;
 use ringfence_driver::blk::{Blk, BlkError, Options};
 use ringfence_driver::pci::{Interrupts, Pci, PciError, Structure, Unusable};
 use ringfence_driver::policy::{Addressing, IommuMode};
-use ringfence_driver::{StartError, Waiting};
+use ringfence_driver::{StartError, Transport, Waiting};
 
 fn pci(model: PciModel) -> Result<Pci<Model, impl ringfence_driver::Wait>, PciError> {
     let patience = patience(&model.core);
@@ -238,10 +238,10 @@ fn a_queue_is_reset_alone() {
     let long = Cap { length: 0x40, ..COMMON_CAP };
     for (cap, features, lie, expected) in [
         (long, RING_RESET, Lie::None, Ok(())),
-        (long, 0, Lie::None, Err(PciError::NoQueueReset)),
-        (COMMON_CAP, RING_RESET, Lie::None, Err(PciError::NoQueueReset)),
-        (long, RING_RESET, Lie::NoQueueReset, Err(PciError::TimedOut(Waiting::QueueReset(0)))),
-        (long, RING_RESET, Lie::StillEnabled, Err(PciError::StillEnabled { queue: 0 })),
+        (long, 0, Lie::None, Err(BlkError::NotOffered)),
+        (COMMON_CAP, RING_RESET, Lie::None, Err(BlkError::NotOffered)),
+        (long, RING_RESET, Lie::NoQueueReset, Err(BlkError::Transport(PciError::TimedOut(Waiting::QueueReset(0))))),
+        (long, RING_RESET, Lie::StillEnabled, Err(BlkError::Transport(PciError::StillEnabled { queue: 0 }))),
     ] {
         let world = World::new();
         let core = Core::shared(&world, DISK_FEATURES | features, IommuMode::Offer);
@@ -249,7 +249,7 @@ fn a_queue_is_reset_alone() {
         let transport = pci(PciModel::new(&core, &[cap, NOTIFY_CAP, ISR_CAP, DEVICE_CAP])).unwrap();
         world.with_mapper(Mapping::Dynamic, |mapper| {
             let mut disk = Blk::start(transport, new_driver(mapper), Options::default()).unwrap();
-            assert_eq!(disk.device_mut().transport_mut().reset_queue(0), expected, "{lie:?}");
+            check_restart(&world, &core, &mut disk, expected);
             if expected == Ok(()) {
                 assert_eq!(disk.device_mut().transport_mut().reset_queue(1), Err(PciError::NoQueue { queue: 1 }));
             }

@@ -47,6 +47,7 @@ pub(crate) struct Peer<'p> {
     pub(crate) modest: u32,
     addressing: Option<Addressing>,
     pub(crate) resets: u32,
+    pub(crate) queue_resets: u32,
 }
 
 struct Queue {
@@ -80,6 +81,7 @@ impl<'p> Peer<'p> {
             modest: 0,
             addressing: None,
             resets: 0,
+            queue_resets: 0,
         }
     }
 
@@ -203,6 +205,14 @@ impl DeviceEnd for Peer<'_> {
         self.queues[usize::from(queue)] = Some(queue_state);
         self.addressing = Some(addressing);
         true
+    }
+
+    fn reset_queue(&mut self, queue: u16) {
+        let stopped = self.queues[usize::from(queue)].take();
+        assert!(stopped.is_some() || self.careless, "a queue that runs is reset");
+        self.queue_resets += 1;
+        // From then on it behaves.
+        (self.crime, self.committed) = (Crime::None, false);
     }
 
     fn turn(&mut self, _: u16) -> bool {

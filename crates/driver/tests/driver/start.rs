@@ -102,6 +102,11 @@ impl Transport for Recorder {
         self.inner.start_queue(queue, layout)
     }
 
+    fn reset_queue(&mut self, queue: u16) -> Result<(), EmbeddedError> {
+        self.log.push(format!("reset of queue {queue}"));
+        self.inner.reset_queue(queue)
+    }
+
     fn notify(&mut self, queue: u16) -> Result<(), EmbeddedError> {
         self.inner.notify(queue)
     }
@@ -333,7 +338,7 @@ fn what_was_agreed_on_can_not_be_taken_back() {
 #[test]
 fn what_is_taken_is_what_is_implemented() {
     let order = 1 << 36;
-    let known = DISK_FEATURES | READ_ONLY | PACKED | EVENT_IDX | INDIRECT | 1 << 1;
+    let known = DISK_FEATURES | READ_ONLY | PACKED | EVENT_IDX | INDIRECT | RING_RESET | 1 << 1;
     let world = World::new();
     let mut transport = world.embedded(!0, IommuMode::Offer);
     world.with_mapper(Mapping::Dynamic, |mapper| {

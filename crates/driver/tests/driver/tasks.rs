@@ -1,12 +1,18 @@
-//! A disk shared by futures, under an executor of a few lines.
+//! Devices shared by futures, under an executor of a few lines.
 
+use crate::peer::*;
 use crate::world::*;
 use ringfence_dma::{Buffer, Mapper};
+use ringfence_driver::LoanError;
 use ringfence_driver::blk::{Answer, Blk, BlkError, Options, Request, RequestError};
+use ringfence_driver::console::Console;
 use ringfence_driver::embedded::{Embedded, EmbeddedError};
+use ringfence_driver::net::{self, Net};
 use ringfence_driver::policy::IommuMode;
+use ringfence_driver::rng::Rng;
 use ringfence_driver::tasks::Tasks;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -53,7 +59,7 @@ fn run(tasks: Vec<Task<'_>>, mut idle: impl FnMut()) -> usize {
     polls
 }
 
-type Shared<'a> = Tasks<'a, &'a mut Embedded<Disk>, dyn Mapper + 'a>;
+type Shared<'a> = Tasks<Blk<'a, &'a mut Embedded<Disk>, dyn Mapper + 'a>>;
 
 fn shared<'a>(transport: &'a mut Embedded<Disk>, mapper: &'a dyn Mapper, depth: u16) -> Shared<'a> {
     let disk = Blk::start(transport, new_driver(mapper), Options { depth, segments: 2 }).unwrap();
@@ -116,7 +122,7 @@ fn a_future_that_is_dropped_leaves_its_request_to_its_end() {
         drop(disk.write(0, &data));
         let none = pin!(disk.read(0, &[])).poll(&mut Context::from_waker(noop));
         assert_eq!(none, Poll::Ready(Err(BlkError::Length { len: 0 })));
-        let mut disk = disk.into_disk();
+        let mut disk = disk.into_driver();
         assert_eq!(disk.device_mut().transport_mut().device_mut().kicks, 1);
         assert_eq!(disk.poll(), Ok(None));
     });
@@ -172,4 +178,119 @@ fn an_executor_without_interrupts_waits_at_the_device() {
         let stalled = (0..2000).find_map(|_| disk.idle().err());
         assert_eq!(stalled, Some(BlkError::Transport(EmbeddedError::Stalled { queue: 0 })));
     });
+}
+
+#[test]
+fn a_disk_that_goes_on_tells_whose_request_is_lost() {
+    let world = World::new();
+    let mut transport = world.embedded(DISK_FEATURES | RING_RESET, IommuMode::Offer);
+    world.with_mapper(Mapping::Dynamic, |mapper| {
+        let mut disk = Blk::start(&mut transport, new_driver(mapper), Options { depth: 8, segments: 2 }).unwrap();
+        disk.device_mut().transport_mut().device_mut().mood = Mood::Sleepy;
+        let disk = &Tasks::new(disk, 8).unwrap();
+        let (heard, world) = (&Cell::new(0), &world);
+        let work = |number: usize| -> Task<'_> {
+            Box::pin(async move {
+                let into = [world.buffer(number * 512, 512)];
+                let lost = disk.read(0, &into).await;
+                // Those that waited for room may get in afterwards, and then wait for the next time.
+                assert_eq!(lost, Err(BlkError::Failed(RequestError::Lost)));
+                heard.set(heard.get() + 1);
+            })
+        };
+        run((0..5).map(work).collect(), || disk.restart().unwrap());
+        assert_eq!(heard.get(), 5);
+    });
+    assert_eq!(world.domain.mapped(), 0);
+}
+
+#[test]
+fn tasks_share_a_card_a_console_and_a_source() {
+    for ring in [0, EVENT_IDX, PACKED | EVENT_IDX] {
+        let world = &World::new();
+        // Whatever is sent comes back.
+        let inbox = &RefCell::new(VecDeque::<Vec<u8>>::new());
+        let echo = |queue, read: &[u8], room: usize| match queue {
+            0 => inbox.borrow_mut().pop_front().inspect(|packet| assert!(packet.len() <= room)),
+            _ => {
+                inbox.borrow_mut().push_back(read.to_vec());
+                Some(vec![])
+            }
+        };
+        world.with_mapper(Mapping::Dynamic, |mapper| {
+            let mut transport = Peer::new(world, 1, 2, ring, echo).embedded(IommuMode::Offer);
+            let options = net::Options { depth: 8, segments: 1 };
+            let card = &Tasks::new(Net::start(&mut transport, new_driver(mapper), options).unwrap(), 8).unwrap();
+            let seen = &RefCell::new(Vec::new());
+            let work = |number: usize| -> Task<'_> {
+                Box::pin(async move {
+                    let (out, room) = ([world.buffer(number * 8192, 60)], world.buffer(number * 8192 + 4096, 1514));
+                    for round in 0..5 {
+                        out[0].memory().write(0, &stamp(number * 10 + round, 60));
+                        assert_eq!(card.send(&out).await, Ok(0));
+                        assert_eq!(card.receive(room).await, Ok(60));
+                        seen.borrow_mut().push(bytes(room.sub(0, 60)));
+                    }
+                })
+            };
+            run((0..6).map(work).collect(), || card.idle().unwrap());
+            let mut wanted: Vec<_> = (0..6).flat_map(|n| (0..5).map(move |round| stamp(n * 10 + round, 60))).collect();
+            wanted.sort();
+            seen.borrow_mut().sort();
+            assert_eq!(*seen.borrow(), wanted);
+
+            let mut transport = Peer::new(world, 3, 2, ring, echo).embedded(IommuMode::Offer);
+            let console = &Tasks::new(Console::start(&mut transport, new_driver(mapper)).unwrap(), 8).unwrap();
+            let talk: Task<'_> = Box::pin(async move {
+                let (out, room) = ([world.buffer(0, 5)], world.buffer(100, 16));
+                out[0].memory().write(0, b"hello");
+                console.write(&out).await.unwrap();
+                assert_eq!(console.read(room).await, Ok(5));
+                assert_eq!(bytes(room.sub(0, 5)), b"hello");
+            });
+            run(vec![talk], || console.idle().unwrap());
+
+            let source = |_, _: &[u8], room: usize| Some(stamp(1, room.min(40)));
+            let mut transport = Peer::new(world, 4, 1, ring, source).embedded(IommuMode::Offer);
+            let rng = &Tasks::new(Rng::start(&mut transport, new_driver(mapper)).unwrap(), 32).unwrap();
+            let fill = |number: usize| -> Task<'_> {
+                Box::pin(async move {
+                    let into = world.buffer(number * 100, 64);
+                    assert_eq!(rng.fill(into).await, Ok(40));
+                    assert_eq!(bytes(into.sub(0, 40)), stamp(1, 40));
+                })
+            };
+            // More than there is room for.
+            run((0..20).map(fill).collect(), || rng.idle().unwrap());
+        });
+        assert_eq!(world.domain.mapped(), 0);
+    }
+}
+
+#[test]
+fn tasks_of_a_broken_source_hear_of_it_and_go_on_after_a_restart() {
+    let world = &World::new();
+    let source = |_, _: &[u8], room: usize| Some(stamp(1, room));
+    let mut transport = Peer::new(world, 4, 1, RING_RESET, source).embedded(IommuMode::Offer);
+    transport.device_mut().crime = Crime::TooMuch;
+    world.with_mapper(Mapping::Dynamic, |mapper| {
+        let rng = Rng::start(&mut transport, new_driver(mapper)).unwrap();
+        let rng = &Tasks::new(rng, 8).unwrap();
+        let fill = |expected: bool| -> Task<'_> {
+            Box::pin(async move {
+                match rng.fill(world.buffer(0, 64)).await {
+                    Ok(64) => assert!(expected),
+                    Err(LoanError::Broken(_)) => assert!(!expected),
+                    other => panic!("{other:?}"),
+                }
+            })
+        };
+        run(vec![fill(false), fill(false)], || {
+            let _ = rng.idle();
+        });
+        assert!(world.domain.mapped() > 0);
+        rng.restart().unwrap();
+        run(vec![fill(true)], || rng.idle().unwrap());
+    });
+    assert_eq!(world.domain.mapped(), 0);
 }

@@ -19,6 +19,7 @@ pub(crate) const VERSION_1: u64 = 1 << 32;
 pub(crate) const PACKED: u64 = 1 << 34;
 pub(crate) const EVENT_IDX: u64 = 1 << 29;
 pub(crate) const INDIRECT: u64 = 1 << 28;
+pub(crate) const RING_RESET: u64 = 1 << 40;
 
 /// VIRTIO_BLK_F_SEG_MAX, _BLK_SIZE, _FLUSH, _DISCARD, _WRITE_ZEROES.
 pub(crate) const DISK_FEATURES: u64 = VERSION_1 | 1 << 2 | 1 << 6 | 1 << 9 | 1 << 13 | 1 << 14;
@@ -210,6 +211,11 @@ impl DeviceEnd for Disk {
         self.addressing = Some(addressing);
         self.taken = Some(features);
         true
+    }
+
+    fn reset_queue(&mut self, queue: u16) {
+        assert_eq!((queue, self.queue.is_some()), (0, true), "a queue that runs is reset");
+        self.queue = None;
     }
 
     fn turn(&mut self, _: u16) -> bool {

@@ -29,6 +29,33 @@ pub enum Driver {
     LinuxLegacy,
     /// The `virtio-drivers` crate in a bare program: does not know the flag.
     VirtioDrivers,
+    /// `ringfence-driver`, which takes the flag, and behind an IOMMU refuses a disk without it: in a bare program where
+    /// there is no IOMMU or one that it can program, else as the only program of a Linux that gives it the disk by VFIO.
+    Ringfence,
+    /// The same with the disk on its allow-list, as one that uses physical addresses.
+    RingfenceAllowing,
+}
+
+/// What is booted for a driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Runs {
+    /// Linux, and its own driver.
+    Linux,
+    /// A program without an operating system.
+    Bare(Program),
+    /// Linux with this as its only program.
+    UserSpace(Program),
+}
+
+/// A program that is no part of this one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Program {
+    /// A kernel with `virtio-drivers`.
+    OldDriver,
+    /// A kernel with our drivers, that can program a virtio-iommu.
+    Confined,
+    /// Our drivers by way of VFIO.
+    UserDriver,
 }
 
 /// A device of today.
@@ -62,7 +89,7 @@ const QEMU_ON: Device = Device::QemuBlk(VirtioFlag::On);
 const OFFER: Device = Device::ServeBlk(IommuMode::Offer, Keep::Auto);
 const REQUIRE: Device = Device::ServeBlk(IommuMode::Require, Keep::Auto);
 
-/// What Linux meets everywhere.
+/// What a new driver meets: the flag on and off, of QEMU's own and of back-ends.
 const DEVICES: [Device; 7] = [
     QEMU_OFF,
     QEMU_ON,
@@ -82,6 +109,10 @@ const OLD_DRIVERS_MEET: [Device; 4] = [QEMU_OFF, QEMU_ON, OFFER, REQUIRE];
 /// Where a front-end never takes a translation away: what becomes of a server that believes it does.
 const KEPT: [Device; 2] =
     [Device::ServeBlk(IommuMode::Offer, Keep::Cache), Device::ServeBlk(IommuMode::Offer, Keep::Request)];
+
+/// What a driver can be told to allow: disks that go past the IOMMU.
+const ALLOWED: [Device; 3] =
+    [QEMU_OFF, Device::ServeBlk(IommuMode::Off, Keep::Auto), Device::StorageDaemon(VirtioFlag::Off)];
 
 /// Hardware, of before the flag and with it.
 const CARDS: [Device; 2] = [Device::Card(IommuMode::Off), Device::Card(IommuMode::Offer)];
@@ -106,6 +137,12 @@ impl Cell {
             meet(Driver::Linux, &DEVICES);
             if let "x86-none" | "x86-intel-lazy" | "x86-virtio-iommu" | "arm64-smmuv3-lazy" = platform.name {
                 meet(Driver::Linux, &WRAPPED);
+            }
+            if let "x86-none" | "x86-intel-strict" | "x86-virtio-iommu" = platform.name {
+                meet(Driver::Ringfence, &DEVICES);
+            }
+            if let "x86-intel-strict" | "x86-virtio-iommu" = platform.name {
+                meet(Driver::RingfenceAllowing, &ALLOWED);
             }
             match platform.name {
                 "x86-amd" => meet(Driver::Linux, &KEPT),
@@ -156,6 +193,8 @@ impl Cell {
         let driver = match self.driver {
             Driver::Linux => DriverKind::New,
             Driver::LinuxLegacy | Driver::VirtioDrivers => DriverKind::Old,
+            Driver::Ringfence => DriverKind::Refusing,
+            Driver::RingfenceAllowing => DriverKind::Allowing,
         };
         let device = match self.device {
             Device::QemuBlk(VirtioFlag::Off) | Device::ServeBlk(IommuMode::Off, _) | Device::StorageDaemon(_) => {
@@ -170,6 +209,17 @@ impl Cell {
             }
         };
         Case { platform, driver, device }
+    }
+
+    /// What is booted.
+    pub(crate) fn runs(&self) -> Runs {
+        let programmable = self.platform.iommu == Iommu::Absent || self.platform.name == "x86-virtio-iommu";
+        match self.driver {
+            Driver::Linux | Driver::LinuxLegacy => Runs::Linux,
+            Driver::VirtioDrivers => Runs::Bare(Program::OldDriver),
+            Driver::Ringfence | Driver::RingfenceAllowing if programmable => Runs::Bare(Program::Confined),
+            Driver::Ringfence | Driver::RingfenceAllowing => Runs::UserSpace(Program::UserDriver),
+        }
     }
 
     /// The same by names.
@@ -204,6 +254,8 @@ impl Driver {
             Driver::Linux => "linux",
             Driver::LinuxLegacy => "linux-legacy",
             Driver::VirtioDrivers => "virtio-drivers",
+            Driver::Ringfence => "ringfence",
+            Driver::RingfenceAllowing => "ringfence-allowing",
         }
     }
 }
@@ -267,6 +319,7 @@ mod tests {
         assert_eq!(count("platform=xen-dom0"), count("platform=xen driver=new") - 7 + 4);
         assert_eq!(count("platform=x86-amd driver=linux"), 9);
         assert_eq!(count("platform=x86-none device=old-emulated driver=new"), 4);
+        assert_eq!(count("driver=refusing|allowing"), 3 * 7 + 2 * 3);
         assert_eq!(count("device=new-wrapped"), 8);
         assert_eq!(count("platform!=x86* device=serve-blk-require driver=linux"), 6);
     }

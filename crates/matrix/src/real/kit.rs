@@ -7,7 +7,8 @@ use ringfence_guests::{
     Arch, Cache, Error, Hypervisor, Kernel, KernelSeries, Qemu, QemuSource, StorageDaemon, Suite, System,
 };
 
-use super::cell::{Cell, Device, Driver};
+use super::cell::{Cell, Device, Driver, Program, Runs};
+use super::session::Programs;
 
 /// Why a cell cannot be executed.
 #[derive(Clone, Debug)]
@@ -28,27 +29,30 @@ pub(crate) struct Kit {
     busyboxes: BTreeMap<Arch, Part<PathBuf>>,
     xen: Option<Part<PathBuf>>,
     storage_daemon: Option<Part<StorageDaemon>>,
-    old_driver: Part<PathBuf>,
+    programs: Programs,
 }
 
 impl Kit {
     /// Fetches for `cells` what is not in the cache.
-    pub(crate) fn fetch(cache: &Cache<'_>, source: QemuSource, old_driver: Option<&Path>, cells: &[Cell]) -> Self {
+    pub(crate) fn fetch(cache: &Cache<'_>, source: QemuSource, programs: &Programs, cells: &[Cell]) -> Self {
         let arches: BTreeSet<Arch> = cells.iter().map(|cell| cell.platform.arch).collect();
-        let linux = |cell: &&Cell| cell.driver != Driver::VirtioDrivers;
-        let series: BTreeSet<_> =
-            cells.iter().filter(linux).map(|cell| (cell.platform.kernel, cell.platform.arch)).collect();
+        let series = |runs: fn(Runs) -> bool| -> BTreeSet<_> {
+            let cells = cells.iter().filter(|cell| runs(cell.runs()));
+            cells.map(|cell| (cell.platform.kernel, cell.platform.arch)).collect()
+        };
+        let linux = series(|runs| !matches!(runs, Runs::Bare(_)));
+        let shell = series(|runs| runs == Runs::Linux);
         let xen = cells.iter().any(|cell| cell.platform.hypervisor == Hypervisor::Xen);
         let cards = cells.iter().any(|cell| matches!(cell.device, Device::Card(_)));
         let daemon = cells.iter().any(|cell| matches!(cell.device, Device::StorageDaemon(_) | Device::Wrapped(_)));
         Self {
             qemus: qemus(cache, source, &arches),
             with_cards: cards.then(|| part(with_cards(cache, source))),
-            busyboxes: series.iter().map(|&(_, arch)| (arch, part(cache.busybox(arch)))).collect(),
-            kernels: series.into_iter().map(|key| (key, part(cache.kernel(key.0, key.1)))).collect(),
+            busyboxes: shell.iter().map(|&(_, arch)| (arch, part(cache.busybox(arch)))).collect(),
+            kernels: linux.into_iter().map(|key| (key, part(cache.kernel(key.0, key.1)))).collect(),
             xen: xen.then(|| part(cache.xen())),
             storage_daemon: daemon.then(|| part(storage_daemon(cache, source))),
-            old_driver: old_driver_at(old_driver),
+            programs: programs.clone(),
         }
     }
 
@@ -68,17 +72,26 @@ impl Kit {
 
     /// What runs in a cell's guest.
     pub(crate) fn system(&self, cell: &Cell) -> Part<System<'_>> {
-        if cell.driver == Driver::VirtioDrivers {
-            return self.old_driver.as_deref().map(System::Program).map_err(Clone::clone);
-        }
         let platform = cell.platform;
-        let there = |part: &'_ Part<_>| part.as_ref().map(|_| ()).map_err(Clone::clone);
+        let kernel = || self.kernels[&(platform.kernel, platform.arch)].as_ref().map_err(Clone::clone);
+        let allows = cell.driver == Driver::RingfenceAllowing;
+        match cell.runs() {
+            Runs::Linux => {}
+            Runs::Bare(program) => {
+                let program = self.programs.find(program)?;
+                return Ok(System::Program { program, arguments: if allows { "allow" } else { "" } });
+            }
+            Runs::UserSpace(program) => {
+                let program = self.programs.find(program)?;
+                let arguments = if allows { "ringfence.allow" } else { "" };
+                return Ok(System::UserSpace { kernel: kernel()?, program, arguments });
+            }
+        }
         let xen = match (&self.xen, platform.hypervisor) {
             (Some(xen), Hypervisor::Xen) => Some(xen.as_deref().map_err(Clone::clone)?),
             _ => None,
         };
-        there(&self.busyboxes[&platform.arch])?;
-        let kernel = self.kernels[&(platform.kernel, platform.arch)].as_ref().map_err(Clone::clone)?;
+        let kernel = kernel()?;
         let busybox = self.busyboxes[&platform.arch].as_deref().map_err(Clone::clone)?;
         Ok(System::Linux { kernel, busybox, xen })
     }
@@ -122,11 +135,18 @@ fn storage_daemon(cache: &Cache<'_>, source: QemuSource) -> Result<StorageDaemon
     }
 }
 
-fn old_driver_at(path: Option<&Path>) -> Part<PathBuf> {
-    let missing = |reason| Missing { reason, tool: true };
-    let path = path.ok_or_else(|| missing("no program with an old driver; name one by --old-driver".to_owned()))?;
-    match path.is_file() {
-        true => Ok(path.to_owned()),
-        false => Err(missing(format!("no program with an old driver at {}; see --old-driver", path.display()))),
+impl Programs {
+    fn find(&self, program: Program) -> Part<&Path> {
+        let (path, what, option) = match program {
+            Program::OldDriver => (&self.old_driver, "an old driver", "--old-driver"),
+            Program::Confined => (&self.confined, "drivers of ours", "--confined"),
+            Program::UserDriver => (&self.user_driver, "drivers of ours for VFIO", "--user-driver"),
+        };
+        let missing = |reason| Missing { reason, tool: true };
+        let path = path.as_deref().ok_or_else(|| missing(format!("no program with {what}; name one by {option}")))?;
+        match path.is_file() {
+            true => Ok(path),
+            false => Err(missing(format!("no program with {what} at {}; see {option}", path.display()))),
+        }
     }
 }

@@ -17,4 +17,4 @@ mod verdict;
 pub use cell::{Cell, Device, Driver};
 pub use report::Report;
 pub use ringfence_guests::{QemuSource, Suite};
-pub use session::{Event, Options, Session};
+pub use session::{Event, Options, Programs, Session};

@@ -30,12 +30,24 @@ pub struct Options<'a> {
     pub qemu: QemuSource,
     /// This build of `ringfence`, to serve disks.
     pub server: &'a Path,
-    /// A bare program with a driver that does not know the flag.
-    pub old_driver: Option<&'a Path>,
+    /// Drivers that are no part of this program.
+    pub programs: &'a Programs,
     /// Where every cell's log goes; without it, those of what fails go to a temporary folder.
     pub keep_logs: Option<&'a Path>,
     /// Set to end every guest and to start no more.
     pub stop: &'a AtomicBool,
+}
+
+/// Drivers that are programs of their own, as far as they are there. Each prints what it does to its first serial port, in
+/// lines `RINGFENCE key=value`.
+#[derive(Clone, Debug, Default)]
+pub struct Programs {
+    /// A bare program with a driver that does not know the flag.
+    pub old_driver: Option<PathBuf>,
+    /// A bare program with `ringfence-driver`, which programs a virtio-iommu where there is one.
+    pub confined: Option<PathBuf>,
+    /// A static program for Linux, with `ringfence-driver` over VFIO.
+    pub user_driver: Option<PathBuf>,
 }
 
 /// What happens while cells run.
@@ -77,7 +89,7 @@ impl Session {
     pub fn run(cells: &[Cell], options: &Options<'_>, events: &(dyn Fn(Event<'_>) + Sync)) -> Result<Self, Error> {
         let say = |line: &str| events(Event::Slow(line));
         let cache = Cache::open(options.cache, &say)?;
-        let kit = Kit::fetch(&cache, options.qemu, options.old_driver, cells);
+        let kit = Kit::fetch(&cache, options.qemu, options.programs, cells);
         let logs = Logs::new(options.keep_logs)?;
         let queue = Mutex::new((0..cells.len()).collect::<VecDeque<_>>());
         let done = Mutex::new(Vec::new());

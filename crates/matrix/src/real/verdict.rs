@@ -1,6 +1,6 @@
 //! What a real cell amounts to, and why one should believe it.
 
-use ringfence_guests::{End, ImageState, Iommu, Translation};
+use ringfence_guests::{DiskState, End, ImageState, Iommu, Translation};
 use serde_json::{Map, Value, json};
 
 use super::seen::{Addresses, Counts, Seen};
@@ -27,6 +27,9 @@ pub(crate) fn of(seen: &Seen) -> (Verdict, String) {
     if let Some(line) = seen.outcome.console.lines().find(|line| line.contains("must provide VIRTIO_F_ACCESS_PLATFORM"))
     {
         return (Verdict::RefusedByDriver, line.trim().to_owned());
+    }
+    if let (Some(DiskState::Refused), Some(reason)) = (seen.guest().disk, seen.guest().errors.first()) {
+        return (Verdict::RefusedByDriver, reason.clone());
     }
     if let Some(status) = turned_down(seen) {
         return (Verdict::RefusedByDevice, status);
@@ -396,6 +399,10 @@ mod tests {
             seen.outcome.virtio.as_mut().unwrap().taken.clear();
         });
         check(Verdict::FailsSilently, on("x86-none", turned_down), untouched);
+        let ours = "RINGFENCE disk=refused\nRINGFENCE error=it does not offer the flag\nRINGFENCE end=refused";
+        check(Verdict::RefusedByDriver, on("x86-none", ours), untouched);
+        // It has to say why.
+        check(Verdict::FailsSilently, on("x86-none", "RINGFENCE disk=refused"), untouched);
         let driver = "virtio_net virtio1: device must provide VIRTIO_F_ACCESS_PLATFORM\nRINGFENCE disk=absent";
         check(Verdict::RefusedByDriver, on("x86-none", driver), untouched);
     }

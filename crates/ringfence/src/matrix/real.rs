@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use ringfence_matrix::real::{Cell, Event, Options, QemuSource, Session, Suite};
+use ringfence_matrix::real::{Cell, Event, Options, Programs, QemuSource, Session, Suite};
 use ringfence_matrix::record::{Observed, Record};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::collections::BTreeSet;
@@ -15,8 +15,11 @@ use std::time::Duration;
 /// The exit status after Ctrl-C: 128 and SIGINT's number.
 pub(super) const STOPPED: u8 = 130;
 
-/// Where an old driver is looked for, beside this program.
+/// Drivers that are looked for beside this program. A program that cargo leaves there by the last one's own name is not
+/// static.
 const OLD_DRIVER: &str = "ringfence-old-driver";
+const CONFINED: &str = "ringfence-confined";
+const USER_DRIVER: &str = "ringfence-user-driver-static";
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -46,6 +49,16 @@ pub(super) struct Args {
     /// beside this program, if it is there.
     #[arg(long, value_name = "PATH", requires = "real", help_heading = "Real guests")]
     old_driver: Option<PathBuf>,
+    /// A bare program with drivers of ours, for QEMU's -kernel
+    ///
+    /// By default `ringfence-confined` beside this program, if it is there: `cargo xtask confined` leaves it.
+    #[arg(long, value_name = "PATH", requires = "real", help_heading = "Real guests")]
+    confined: Option<PathBuf>,
+    /// A static program with drivers of ours that Linux gives a disk by VFIO
+    ///
+    /// By default `ringfence-user-driver-static` beside this program, if it is there: `cargo xtask vfio` leaves it.
+    #[arg(long, value_name = "PATH", requires = "real", help_heading = "Real guests")]
+    user_driver: Option<PathBuf>,
     /// A cell that has to be skipped is a failure
     #[arg(long, requires = "real", help_heading = "Real guests")]
     no_skip: bool,
@@ -77,8 +90,14 @@ impl Args {
                 .context("can't wait for Ctrl-C")?;
         }
         let this = env::current_exe().context("can't find this program, which serves the disks")?;
-        let beside = this.with_file_name(OLD_DRIVER);
-        let old_driver = self.old_driver.clone().or_else(|| Some(beside).filter(|path| path.exists()));
+        let program = |named: &Option<PathBuf>, name| {
+            named.clone().or_else(|| Some(this.with_file_name(name)).filter(|path| path.exists()))
+        };
+        let programs = Programs {
+            old_driver: program(&self.old_driver, OLD_DRIVER),
+            confined: program(&self.confined, CONFINED),
+            user_driver: program(&self.user_driver, USER_DRIVER),
+        };
         let cache = cache(&this);
         let options = Options {
             jobs: self.jobs,
@@ -86,7 +105,7 @@ impl Args {
             cache: &cache,
             qemu: self.qemu.into(),
             server: &this,
-            old_driver: old_driver.as_deref(),
+            programs: &programs,
             keep_logs: self.keep_logs.as_deref(),
             stop: &stop,
         };

@@ -2,7 +2,7 @@
 
 use crate::served::*;
 use ringfence_dma::{Buffer, Gpa, Permission};
-use ringfence_driver::blk::{Blk, BlkError, Options};
+use ringfence_driver::blk::{Blk, BlkError, Options, Request, RequestError};
 use ringfence_driver::mapper::Direct;
 use ringfence_driver::pci::{Function, Interrupts, Pci, common};
 use ringfence_driver::policy::{Addressing, Allow, DriverPolicy, Platform};
@@ -232,6 +232,15 @@ fn vectors_tell_of_what_was_used_and_a_queue_can_be_reset_alone() {
     assert!(!took(&config), "nothing has changed");
     let features = disk.device().features();
     assert_ne!(features & 1 << 40, 0, "VIRTIO_F_RING_RESET is taken where it is offered");
+    // The disk goes on with it, at its first entry and wherever it was.
+    for round in 0..3 {
+        disk.restart().unwrap();
+        (0..200).for_each(|_| disk.read(0, &[data]).unwrap());
+        let lost = disk.submit(Request::Read { sector: 0, into: &[data] }).unwrap();
+        disk.restart().unwrap();
+        let ended = disk.poll().unwrap().map(|ended| (ended.id, ended.result));
+        assert_eq!(ended, Some((lost, Err(RequestError::Lost))), "round {round}");
+    }
     disk.device_mut().transport_mut().reset_queue(0).unwrap();
     let mut enabled = [0; 2];
     client.write(BAR_VIRTIO, common::QUEUE_SELECT as u64, &[0, 0]).unwrap();

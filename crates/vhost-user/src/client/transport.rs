@@ -12,9 +12,12 @@ use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
+use virtio_spec::F;
 
 /// The vendor of QEMU's and most other virtual devices. vhost-user itself does not say who makes one.
 const VENDOR: u32 = 0x1af4;
+
+const RING_RESET: u64 = F::RING_RESET.bits().to_ne() as u64;
 
 /// What [`FrontendTransport`] is told, as vhost-user leaves it open.
 #[derive(Clone, Copy, Debug)]
@@ -167,6 +170,11 @@ impl FrontendTransport {
 impl Transport for FrontendTransport {
     type Error = TransportError;
 
+    /// To stop a ring is the front-end's business, whatever the back-end offers.
+    fn features(&self) -> u64 {
+        RING_RESET
+    }
+
     fn identity(&self) -> Identity {
         Identity { vendor: VENDOR, device: self.attachment.device, slot: 0 }
     }
@@ -198,13 +206,15 @@ impl Transport for FrontendTransport {
     }
 
     fn offered(&mut self) -> Result<u64, TransportError> {
-        Ok(self.frontend.offered() & !self.hidden)
+        Ok((self.frontend.offered() | RING_RESET) & !self.hidden)
     }
 
     fn take(&mut self, taken: Taken) -> Result<(), TransportError> {
         self.addressing = taken.addressing;
         self.format = format_of(taken.features);
-        match self.frontend.set_features(taken.features) {
+        // A back-end may know the bit, and need not.
+        let known = self.frontend.offered() | !RING_RESET;
+        match self.frontend.set_features(taken.features & known) {
             Err(ClientError::Refused { .. }) => {
                 self.refused = true;
                 Ok(())
@@ -230,6 +240,13 @@ impl Transport for FrontendTransport {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         self.queues.push((queue, Queue { layout: *layout, kick: eventfd(0, flags)?, call: eventfd(0, flags)? }));
         self.resume(queue, Position::start(self.format).vring_base(self.format))
+    }
+
+    fn reset_queue(&mut self, queue: u16) -> Result<(), TransportError> {
+        // The answer comes when the ring is at rest.
+        self.pause(queue)?;
+        self.queues.retain(|(index, _)| *index != queue);
+        Ok(())
     }
 
     fn notify(&mut self, queue: u16) -> Result<(), TransportError> {

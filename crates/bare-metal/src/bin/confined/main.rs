@@ -52,6 +52,7 @@ const SECTORS_PER_MIB: u64 = MIB as u64 / blk::SECTOR;
 #[unsafe(no_mangle)]
 extern "C" fn guest() -> ! {
     tell("kernel", "ringfence-confined");
+    memory::ram().for_each(|range| tell("ram", format_args!("{:08x}-{:08x}", range.start(), range.end())));
     watchdog::allow(PATIENCE, || {
         tell("error", format_args!("not done in {PATIENCE} s"));
         finish("failed")
@@ -166,11 +167,16 @@ fn copy_about<T: Transport<Error: 'static>>(
     data: Buffer<'static>,
 ) -> Result<(), Failure> {
     let options = blk::Options { depth: 32, segments: 8 };
-    let mut disk = Blk::start(device, host, options)?;
+    let started = Blk::start(device, host, options);
+    if let Err(StartError::Refused(_)) = started {
+        tell("disk", "refused");
+    }
+    let mut disk = started?;
     tell("features", Bits(disk.device().features()));
     tell("addresses", format_args!("{:?}", disk.device().addressing()));
     let status = disk.device_mut().transport_mut().status()?;
     tell("status", format_args!("{:#010x}", status.bits()));
+    tell("started", PATIENCE - watchdog::seconds_left());
     if let (Addressing::Translated, Some(mapper)) = (disk.device().addressing(), host.translated) {
         let lent = Streaming::map(mapper, data, FromDevice)?;
         tell("bus", format_args!("{} physical={}", lent.addr(), data.physical()));
@@ -191,6 +197,11 @@ fn copy_about<T: Transport<Error: 'static>>(
     }
     copy(&mut disk, data, 0, 2 * half - 1, 4096)?;
     disk.flush()?;
+    // What follows goes through a queue that began anew, where the device lets it.
+    match disk.restart() {
+        Ok(()) => tell("restarted", "the queue alone"),
+        Err(error) => tell("restarted", error),
+    }
     tell("written", digest(&mut disk, data, mib, MIB / 4)?);
     Ok(())
 }

@@ -15,6 +15,12 @@ pub(crate) fn tell(key: &str, value: impl Display) {
     println!("RINGFENCE {key}={value}");
 }
 
+/// For how many seconds the kernel has run.
+pub(crate) fn uptime() -> String {
+    let told = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    told.split('.').next().unwrap_or_default().to_owned()
+}
+
 /// Mounts what the rest needs.
 pub(crate) fn begin() {
     for (kind, target) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
@@ -44,7 +50,7 @@ pub(crate) fn load_modules() -> io::Result<()> {
     let mut modules: Vec<_> = fs::read_dir("/modules")?.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>()?;
     modules.sort();
     for path in modules {
-        // Without interrupt remapping VFIO's IOMMU is only to be had with this; it is ours, and polls.
+        // Without interrupt remapping VFIO's IOMMU is only to be had with this; all of the guest is ours.
         let unsafe_interrupts = path.to_string_lossy().contains("vfio_iommu_type1");
         let options = if unsafe_interrupts { c"allow_unsafe_interrupts=1" } else { c"" };
         let file = File::open(&path)?;

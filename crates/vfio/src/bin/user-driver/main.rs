@@ -10,7 +10,7 @@ use ringfence_dma::{Buffer, BusAddr, DmaError, FromDevice, HostSlice, Mapped, Ma
 use ringfence_driver::blk::{self, Blk};
 use ringfence_driver::mapper::{Direct, Paged, Window};
 use ringfence_driver::net::{self, Net};
-use ringfence_driver::pci::{Pci, PciError};
+use ringfence_driver::pci::{Interrupts, Pci, PciError};
 use ringfence_driver::policy::{Addressing, Allow, DriverPolicy, Platform};
 use ringfence_driver::rng::Rng;
 use ringfence_driver::{Host, StartError, Transport, Waiting};
@@ -102,16 +102,40 @@ fn pci(function: Function, patience: Duration) -> Result<Pci<Function, impl FnMu
     })
 }
 
+/// A transport that sleeps until the interrupt of the one queue, and counts them.
+fn pci_told(function: Function, told: &Cell<u64>) -> Result<Pci<Function, impl FnMut(Waiting, u32) -> bool>, Failure> {
+    let vectors = function.vectors(1)?;
+    let look = |_: Waiting, waited: u32| {
+        std::thread::yield_now();
+        waited < u32::MAX
+    };
+    let wait = move |purpose, waited| match purpose {
+        Waiting::Queue(_) => {
+            let came = vectors[0].wait(PATIENCE).unwrap_or(false);
+            told.set(told.get() + u64::from(came));
+            came
+        }
+        Waiting::Reset | Waiting::QueueReset(_) => look(purpose, waited),
+    };
+    Ok(Pci::new(function, wait)?.with_interrupts(Interrupts::Vectors { config: None, queues: vec![0] }))
+}
+
 const PATIENCE: Duration = Duration::from_secs(60);
 const HASTE: Duration = Duration::from_secs(3);
 
 /// Reads all of the disk, writes half, and reads all again.
 fn copy_about(host: Host<'_, Anything<'_>>, function: Function, data: Buffer<'_>) -> Result<(), Failure> {
-    let mut disk = Blk::start(pci(function, PATIENCE)?, host, blk::Options { depth: 32, segments: 8 })?;
+    let told = Cell::new(0);
+    let started = Blk::start(pci_told(function, &told)?, host, blk::Options { depth: 32, segments: 8 });
+    if let Err(StartError::Refused(_)) = started {
+        guest::tell("disk", "refused");
+    }
+    let mut disk = started?;
     let features = disk.device().features();
     guest::tell("features", (0..64).map(|bit| if features >> bit & 1 == 0 { '0' } else { '1' }).collect::<String>());
     let status = disk.device_mut().transport_mut().status()?;
     guest::tell("status", format_args!("{:#010x}", status.bits()));
+    guest::tell("started", guest::uptime());
     let mapper = match disk.device().addressing() {
         Addressing::Translated => host.translated,
         Addressing::Physical => host.physical,
@@ -133,7 +157,13 @@ fn copy_about(host: Host<'_, Anything<'_>>, function: Function, data: Buffer<'_>
     }
     copy(&mut disk, data, 0, 2 * half - 1, 4096)?;
     disk.flush()?;
+    // What follows goes through a queue that began anew, where the device lets it.
+    match disk.restart() {
+        Ok(()) => guest::tell("restarted", "the queue alone"),
+        Err(error) => guest::tell("restarted", error),
+    }
     guest::tell("written", digest(&mut disk, data, mib, MIB / 4)?);
+    guest::tell("interrupts", told.get());
     Ok(())
 }
 
