@@ -258,14 +258,16 @@ impl Memory {
 /// Whether nothing needs to be mapped where something is taken back.
 ///
 /// By the protocol a range is exactly what was mapped. But when a guest flushes its IOMMU, QEMU takes the whole address
-/// space back in aligned powers of two, down to one MiB, whatever is in them; the kernel's own interface, from which this
-/// one comes, takes what there is.
+/// space back in aligned powers of two, down to one MiB, whatever is in them; and when the guest switches its IOMMU on or
+/// off, what is below the addresses of interrupts and what is above. The kernel's own interface, from which this one comes,
+/// takes what there is.
 fn is_flush(what: Unmapped) -> bool {
     match what {
         Unmapped::Everything => true,
         Unmapped::Range { first, last } => {
             let more = last.0 - first.0;
-            more >= 0xf_ffff && more & more.wrapping_add(1) == 0 && first.0 & more == 0
+            let aligned = more & more.wrapping_add(1) == 0 && first.0 & more == 0;
+            more >= 0xf_ffff && (aligned || first.0 == 0 || last.0 == u64::MAX)
         }
     }
 }

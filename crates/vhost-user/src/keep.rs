@@ -4,10 +4,12 @@
 //! device TLB, and so is every QEMU up to 11.1 with amd-iommu. Whoever keeps their translations writes to memory that the
 //! guest has long given to something else. Whoever keeps none asks for each page each time.
 //!
-//! Only one thing proves that a front-end takes translations away: that it does. Answers that do not change prove nothing,
-//! however many there are: a guest that uses one buffer maps it anew each time, at the same address, until it uses another.
-//! Whether an address is mapped while no request needs it would tell the two apart, but to ask for one that is not is a fault,
-//! which the guest finds in its log. And to ask again now and then for what is kept finds out too late.
+//! Only one thing proves that a front-end takes translations away: that it does. Answers that do not change are but a sign: a
+//! guest that uses one buffer maps it anew each time, at the same address, until it uses another. Yet a guest whose mappings
+//! are for good never flushes, and must not be asked about each page each time. So thousands of answers in a row that did not
+//! change, and none that was new, count as proof, and the log says so: a guest that boots reads its disk into many buffers
+//! long before. Whether an address is mapped while no request needs it would tell the two apart for certain, but to ask for one
+//! that is not is a fault, which the guest finds in its log; and to ask again for what is kept finds out too late.
 
 use ringfence_dma::{BusAddr, FrontendVa};
 use std::collections::BTreeMap;
@@ -17,7 +19,7 @@ use std::str::FromStr;
 /// How long translations are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Keep {
-    /// For one request each, until the front-end has shown that it takes them away.
+    /// For one request each, until the front-end has shown that it takes them away, or that they are for good.
     #[default]
     Auto,
     /// Until they are taken away.
@@ -61,8 +63,8 @@ impl fmt::Display for UnknownKeep {
 
 impl std::error::Error for UnknownKeep {}
 
-/// So many translations in a row that were asked for again and had not changed are worth telling: they may be for good. A
-/// driver that maps each request breaks the row mostly: it uses an address again for another buffer, or one that is new.
+/// So many translations in a row that were asked for again and had not changed are for good. A driver that maps each request
+/// breaks the row: it uses an address again for another buffer, which settles the matter, or one that is new.
 const STEADY: u32 = 4096;
 
 /// How many translations are remembered for comparing.
@@ -83,10 +85,10 @@ pub(crate) struct Trust {
 pub(crate) enum Verdict {
     /// Not known yet: they are kept for one request each.
     Open,
-    /// The same, but they do not seem to change: it may be that they could be kept.
-    Steady,
-    /// They are kept.
+    /// They are kept: one was taken away.
     Keep,
+    /// They are kept: they have not changed for long.
+    Steady,
     /// The front-end was seen not to invalidate, here: they are kept for one request each.
     Stale(BusAddr),
 }
@@ -100,16 +102,9 @@ impl Trust {
         self.verdict
     }
 
-    fn is_settled(&self) -> bool {
-        match self.verdict {
-            Verdict::Open | Verdict::Steady => false,
-            Verdict::Keep | Verdict::Stale(_) => true,
-        }
-    }
-
     /// A translation arrived. `anew`: there was none for it, so if it was given before, a request has used it up.
     pub(crate) fn updated(&mut self, iova: BusAddr, target: FrontendVa, anew: bool) {
-        if self.is_settled() {
+        if self.verdict != Verdict::Open {
             return;
         }
         if self.given.len() >= REMEMBERED {
@@ -118,9 +113,9 @@ impl Trust {
         match self.given.insert(iova, target) {
             Some(before) if before != target => self.settle(Verdict::Stale(iova)),
             Some(_) if anew => {
-                self.steady = self.steady.saturating_add(1);
+                self.steady += 1;
                 if self.steady == STEADY {
-                    self.verdict = Verdict::Steady;
+                    self.settle(Verdict::Steady);
                 }
             }
             Some(_) => {}
@@ -131,7 +126,7 @@ impl Trust {
     /// A range was taken away. `in_use` tells which translations are still there: those of rings are when a driver
     /// starts, and that they are flushed then says nothing of what comes later.
     pub(crate) fn invalidated(&mut self, first: BusAddr, last: BusAddr, in_use: impl Fn(BusAddr) -> bool) {
-        if self.is_settled() {
+        if self.verdict != Verdict::Open {
             return;
         }
         let mut used_up = false;
@@ -184,10 +179,9 @@ mod tests {
         assert_eq!(trust.verdict(), Verdict::Keep);
     }
 
-    /// What one buffer that is mapped anew each time looks like, too.
     #[test]
-    fn mappings_that_do_not_change_earn_no_trust_until_one_is_taken_away() {
-        let steady = || {
+    fn mappings_that_do_not_change_for_long_earn_trust_and_one_that_does_loses_it() {
+        let nearly = || {
             let mut trust = Trust::new();
             trust.updated(A, FrontendVa(1), true);
             for _ in 1..STEADY {
@@ -196,14 +190,15 @@ mod tests {
                 trust.updated(A, FrontendVa(1), false);
             }
             assert_eq!(trust.verdict(), Verdict::Open);
-            (0..2 * STEADY).for_each(|_| trust.updated(A, FrontendVa(1), true));
-            assert_eq!(trust.verdict(), Verdict::Steady);
             trust
         };
-        let mut trust = steady();
+        let mut trust = nearly();
+        trust.updated(A, FrontendVa(1), true);
+        assert_eq!(trust.verdict(), Verdict::Steady);
+        let mut trust = nearly();
         trust.updated(A, FrontendVa(2), true);
         assert_eq!(trust.verdict(), Verdict::Stale(A));
-        let mut trust = steady();
+        let mut trust = nearly();
         trust.invalidated(A, A, |_| false);
         assert_eq!(trust.verdict(), Verdict::Keep);
     }

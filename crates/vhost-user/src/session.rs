@@ -460,7 +460,7 @@ impl Session {
         let keep = match self.options.keep {
             Keep::Cache => true,
             Keep::Request => false,
-            Keep::Auto => self.trust.verdict() == Verdict::Keep,
+            Keep::Auto => matches!(self.trust.verdict(), Verdict::Keep | Verdict::Steady),
         };
         if let (Some(iotlb), Some(Negotiated { addressing: Addressing::Translated, .. })) =
             (&self.iotlb, self.negotiated)
@@ -489,9 +489,8 @@ impl Session {
                  that corrupts the guest's memory; use --iotlb auto or --iotlb request"
             ),
             (Verdict::Steady, Keep::Auto) => tracing::info!(
-                "translations do not change, and the front-end has taken none away: each is asked for anew until it does, \
-                 which proves that it will. If they are for good, or this VMM is known to invalidate, --iotlb cache spares \
-                 the questions"
+                "the front-end's translations have not changed for long, and it has taken none away: they are kept from now \
+                 on. A guest that maps each request, in a VMM that never invalidates, needs --iotlb request"
             ),
             (verdict, _) => tracing::debug!(?verdict, "the front-end has shown how it treats translations"),
         }

@@ -47,7 +47,7 @@ fn wrong_pages(keep: Keep, connect: fn(&Served) -> Frontend) -> usize {
     let pages: Vec<_> = (0..16).map(|at| frontend.buffer((BUFFERS.0 + at * PAGE, PAGE))).collect();
     let mut wrong = 0;
     for round in 0..800_u64 {
-        // One buffer alone for a while, mapped anew each time at the same address: that proves nothing.
+        // One buffer alone for a while, mapped anew each time at the same address: that proves nothing yet.
         let (out, back) = match round {
             0..300 => (pages[0], pages[0]),
             _ => (pages[round as usize % 16], pages[(round as usize * 7 + 5) % 16]),

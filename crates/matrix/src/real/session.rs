@@ -76,7 +76,7 @@ impl Session {
     ///
     /// The cache's folder cannot be used.
     pub fn prepare(cells: &[Cell], cache: &Path, qemu: QemuSource, say: &dyn Fn(&str)) -> Result<(), Error> {
-        Kit::fetch(&Cache::open(cache, say)?, qemu, None, cells);
+        Kit::fetch(&Cache::open(cache, say)?, qemu, &Programs::default(), cells);
         Ok(())
     }
 

@@ -15,7 +15,6 @@ use ringfence_driver::{Host, StartError};
 use ringfence_hostmem::{Placement, SharedMemory};
 use ringfence_iommu::{Domain, Strict, Window};
 use ringfence_vhost_user::client::{self, Attachment, Counters, Frontend, FrontendTransport, Lent};
-use ringfence_vhost_user::wire::Invalidated;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -151,7 +150,6 @@ impl<'j> Client<'j> {
             "the disk is read-only: there is nothing to measure but --rw read and randread, without --verify"
         );
         let size = self.area(geometry.sectors * SECTOR)?;
-        self.flush_once(&mut disk)?;
         let (transport, queues) = disk.split();
         let transport = &*transport;
         let mut lanes = Vec::new();
@@ -186,17 +184,6 @@ impl<'j> Client<'j> {
                 (Err(error), _) | (_, Some(error)) => Err(error),
             }
         })
-    }
-
-    /// Has the back-end see that translations are taken away here, as a guest's first flush of its IOMMU has it: one that
-    /// waits for that before it keeps any (`--iotlb auto`) would otherwise ask for mappings that never change each time.
-    fn flush_once<'a, M: Mapper>(&'a self, disk: &mut Blk<'a, FrontendTransport, M>) -> anyhow::Result<()> {
-        if matches!(self.job.shape.iommu, Mapping::Static | Mapping::Bounce) {
-            let len = (self.job.shape.block_size as usize).min(PAGE);
-            disk.read(0, &[self.buffer((self.places.buffers.0, len))])?;
-            self.frontend.invalidate(Invalidated::Everything)?;
-        }
-        Ok(())
     }
 
     /// Says what is to be done when; what passed while it was measured. `None`: ended before.

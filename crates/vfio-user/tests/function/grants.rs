@@ -44,6 +44,9 @@ fn grants_are_disjoint_and_taken_back_as_they_were_made() {
     assert_eq!(refused(client.unmap(A, 16 * PAGE)), Errno::NOENT);
     // As QEMU flushes: a power of two, whatever is there.
     client.unmap(BusAddr(1 << 40), 1 << 40).unwrap();
+    // And when the guest switches its IOMMU: all on either side of the addresses of interrupts.
+    client.unmap(BusAddr(0), 0xfee0_0000).unwrap();
+    client.unmap(BusAddr(0xfef0_0000), 0xfef0_0000_u64.wrapping_neg()).unwrap();
     grant(&client, &memory, BusAddr(u64::MAX - (PAGE - 1)), PAGE).unwrap();
     let everything = client.ask(&Message::DmaUnmap(DmaUnmap::everything())).unwrap();
     assert_eq!(everything.body.len(), 24, "the question again");

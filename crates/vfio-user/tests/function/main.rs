@@ -4,5 +4,8 @@ mod driven;
 mod far;
 mod grants;
 mod hostile;
+mod interrupts;
+mod killed;
 mod protocol;
+mod reset;
 mod served;

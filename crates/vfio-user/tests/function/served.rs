@@ -14,7 +14,7 @@ use ringfence_policy::IommuMode;
 use ringfence_vfio_user::client::{Client, Far, Remote};
 use ringfence_vfio_user::server::{self, Options, Server};
 use std::io::Write;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -39,9 +39,11 @@ pub(crate) struct Served {
 impl Served {
     /// Of an 8 MiB disk in memory, with two queues.
     pub(crate) fn disk(iommu: IommuMode) -> Self {
-        let storage = storage::open("memory:8M", storage::Format::Raw, false).unwrap();
-        let options = blk::Options { queues: 2, queue_size: 256, serial: "test".to_owned() };
-        Self::start(Arc::new(Disk::new(storage, options)), iommu)
+        Self::disk_with(2, iommu)
+    }
+
+    pub(crate) fn disk_with(queues: u16, iommu: IommuMode) -> Self {
+        Self::start(disk("memory:8M", queues), iommu)
     }
 
     pub(crate) fn rng() -> Self {
@@ -53,11 +55,7 @@ impl Served {
         let socket = folder.path().join("function.sock");
         let server = Server::bind(&socket).unwrap();
         let (end, ended) = UnixStream::pair().unwrap();
-        let poll = Duration::from_micros(20);
-        let options = Options { iommu, queue_size: 256, poll, io_timeout: Duration::from_secs(2) };
-        let serve = move || {
-            server::run(server, device.name(), || Ok(Arc::clone(&device)), options, ended.as_fd()).unwrap();
-        };
+        let serve = move || serve(server, &device, iommu, ended.as_fd());
         Self { socket, end, thread: Some(std::thread::spawn(serve)), _folder: folder }
     }
 
@@ -81,6 +79,19 @@ impl Drop for Served {
         assert!(ended.is_ok() || std::thread::panicking(), "the server panicked");
         assert!(!self.socket.exists(), "the server left its socket behind");
     }
+}
+
+/// A disk of `queues` queues, called "test".
+pub(crate) fn disk(image: &str, queues: u16) -> Arc<dyn Device> {
+    let storage = storage::open(image, storage::Format::Raw, false).unwrap();
+    Arc::new(Disk::new(storage, blk::Options { queues, queue_size: 256, serial: "test".to_owned() }))
+}
+
+/// Serves until `end`.
+pub(crate) fn serve(server: Server, device: &Arc<dyn Device>, iommu: IommuMode, end: BorrowedFd<'_>) {
+    let poll = Duration::from_micros(20);
+    let options = Options { iommu, queue_size: 256, poll, io_timeout: Duration::from_secs(2) };
+    server::run(server, device.name(), || Ok(Arc::clone(device)), options, end).unwrap();
 }
 
 pub(crate) type Mapper<'c> = Paged<'c, Window<&'c Client>>;
@@ -115,9 +126,9 @@ pub(crate) fn pci<'c>(client: &'c Client) -> Result<Pci<Remote<'c>, impl Wait>, 
         if waited == 0 {
             since = Instant::now();
         }
-        // What the function asks is answered by this very thread.
-        let _ = client.serve_pending();
+        // What the function asks is answered by this very thread. A server that is gone will not use anything any more.
+        let is_there = client.serve_pending().is_ok();
         std::thread::yield_now();
-        since.elapsed() < Duration::from_secs(20)
+        is_there && since.elapsed() < Duration::from_secs(20)
     })
 }
