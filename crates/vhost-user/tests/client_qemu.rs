@@ -90,8 +90,7 @@ fn a_disk_of_qemu_storage_daemon_goes_on_after_its_queue_was_reset() {
     };
     let half = |first| Buffer::new(memory.slice(first, LEN / 2), Gpa(first as u64));
     let direct = Direct::new(half(0));
-    let host =
-        Host { platform: Platform::X86, policy: DriverPolicy::Old, physical: Some(&direct), translated: None };
+    let host = Host { platform: Platform::X86, policy: DriverPolicy::Old, physical: Some(&direct), translated: None };
     let transport = FrontendTransport::new(frontend, attachment);
     let mut disk = Blk::start(transport, host, blk::Options { depth: 64, segments: 4 }).unwrap();
     let into = half(LEN / 2).sub(0, SECTOR);
