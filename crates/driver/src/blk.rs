@@ -440,6 +440,20 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
         self.queue.put(request)
     }
 
+    /// Puts a request on its way and tells the device, if it wants to be told: [`submit`](Self::submit) and
+    /// [`notify`](Self::notify) of one request, for less.
+    ///
+    /// # Errors
+    /// Those of the two. After [`BlkError::Transport`] the request is on its way, and the device may come to it.
+    #[inline]
+    pub fn send(&mut self, request: Request<'_, 'a>) -> Result<RequestId, BlkError<T::Error>> {
+        let id = self.submit(request)?;
+        if self.queue.tell() {
+            self.device.transport.notify(QUEUE).map_err(BlkError::Transport)?;
+        }
+        Ok(id)
+    }
+
     /// Completions that nobody polls count too: they are kept, in room of a limited size.
     #[cold]
     fn is_crowded(&self) -> bool {

@@ -86,8 +86,8 @@ pub enum MmioError {
     },
     /// The device does not reset single queues: VIRTIO_F_RING_RESET was not negotiated.
     NoQueueReset,
-    /// The device says that a queue's reset is done, and that the queue runs. QEMU's devices do, up to 11.1: they offer
-    /// VIRTIO_F_RING_RESET and lack the register.
+    /// The device says that a queue's reset is done, and that the queue runs: as one would that offers VIRTIO_F_RING_RESET and
+    /// lacks the register.
     StillReady {
         /// Which queue.
         queue: u16,

@@ -310,13 +310,16 @@ enum Telling {
 }
 
 #[inline(never)]
-fn driver_submit<'a>(disk: &mut OurDisk<'a>, data: &[Buffer<'a>], telling: Telling) {
+fn driver_submit_each<'a>(disk: &mut OurDisk<'a>, data: &[Buffer<'a>]) {
     for (number, buffer) in data.iter().enumerate() {
-        let into = std::slice::from_ref(buffer);
-        disk.submit(Request::Read { sector: 8 * number as u64, into }).unwrap();
-        if telling == Telling::Each {
-            disk.notify().unwrap();
-        }
+        disk.send(Request::Read { sector: 8 * number as u64, into: std::slice::from_ref(buffer) }).unwrap();
+    }
+}
+
+#[inline(never)]
+fn driver_submit_batch<'a>(disk: &mut OurDisk<'a>, data: &[Buffer<'a>]) {
+    for (number, buffer) in data.iter().enumerate() {
+        disk.submit(Request::Read { sector: 8 * number as u64, into: std::slice::from_ref(buffer) }).unwrap();
     }
     disk.notify().unwrap();
 }
@@ -337,7 +340,10 @@ fn ours(offered: u64, telling: Telling) {
     let transport = Ours { ring: Ring::default(), status: DeviceStatus::empty(), offered };
     let mut disk = Blk::start(transport, host, Options { depth: 128, segments: 4 }).unwrap();
     for _ in 0..REQUESTS / OURS {
-        driver_submit(&mut disk, &data, telling);
+        match telling {
+            Telling::Each => driver_submit_each(&mut disk, &data),
+            Telling::Batch => driver_submit_batch(&mut disk, &data),
+        }
         let ring = &mut disk.device_mut().transport_mut().ring;
         if offered & PACKED == 0 {
             ring.serve_split()

@@ -276,23 +276,27 @@ impl<M: RingMemory, T> DriverQueue<M, T> {
         let Framed { before, data, after, table } = framed;
         // Of itself or with its frame it is not too long for 32 bits.
         debug_assert!((1..FRAMED_LEN).contains(&data.len), "{} bytes of data", data.len);
-        let added = match (&mut self.ring, table) {
-            (Ring::Split(ring), None) if left >= 3 && entry.standing == Standing::InRing => {
-                (entry.taken, entry.writable) = (3, framed.writable());
-                (*next, *free) = (links[usize::from(entry.last)], left.wrapping_sub(3));
-                let cells = self.memory.cells();
-                split::Ring::replace(&cells, entry.middle, &data, entry.last);
-                ring.add_head(&cells, id);
-                true
-            }
-            (Ring::Packed(ring), None) if left >= 3 => {
-                // `last` never was anything but the id.
-                (entry.taken, entry.writable) = (3, framed.writable());
-                (*next, *free) = (links[usize::from(id)], left.wrapping_sub(3));
-                ring.add_three(&self.memory.cells(), id, framed_chain(before, data, after));
-                true
-            }
-            (ring, Some(table)) if entry.standing == Standing::InTable => {
+        let ring = &mut self.ring;
+        let added = match table {
+            None if left >= 3 => match ring {
+                Ring::Packed(ring) => {
+                    // `last` never was anything but the id.
+                    (entry.taken, entry.writable) = (3, framed.writable());
+                    (*next, *free) = (links[usize::from(id)], left.wrapping_sub(3));
+                    ring.add_three(&self.memory.cells(), id, framed_chain(before, data, after));
+                    true
+                }
+                Ring::Split(ring) if entry.standing == Standing::InRing => {
+                    (entry.taken, entry.writable) = (3, framed.writable());
+                    (*next, *free) = (links[usize::from(entry.last)], left.wrapping_sub(3));
+                    let cells = self.memory.cells();
+                    split::Ring::replace(&cells, entry.middle, &data, entry.last);
+                    ring.add_head(&cells, id);
+                    true
+                }
+                Ring::Split(_) => false,
+            },
+            Some(table) if entry.standing == Standing::InTable => {
                 // It was in order when the table was written.
                 if let Some([[_, middle, _]]) = table.memory.cells::<[[AtomicU64; 2]; 3]>(0, 1) {
                     let words = match ring {
@@ -466,6 +470,12 @@ impl<M: RingMemory, T> DriverQueue<M, T> {
             ring.publish(&cells);
             ring.needs_kick(&cells)
         })
+    }
+
+    /// The same for who has added something since this was last asked: for each chain by itself.
+    #[inline(always)]
+    pub fn tell(&mut self) -> bool {
+        either!(&mut self.ring, ring => ring.tell(&self.memory.cells()))
     }
 
     /// Takes a chain back that the device has used, in whatever order it does so. Publishes first: what the device was

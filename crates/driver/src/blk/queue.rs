@@ -123,7 +123,7 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
         self.put(request)
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn put<E>(&mut self, request: Request<'_, 'a>) -> Result<RequestId, BlkError<E>> {
         // Each arm hands on what it took apart, so that a usual request is never put together in memory.
         match request {
@@ -169,6 +169,12 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
             true => Ok(true),
             false => self.usable().map(|()| false),
         }
+    }
+
+    /// Shows the device what was submitted just now; whether it wants to be rung.
+    #[inline(always)]
+    pub(super) fn tell(&mut self) -> bool {
+        self.ring.ring.tell()
     }
 
     /// A request that has come to its end, if there is one. Does not wait.

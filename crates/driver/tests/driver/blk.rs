@@ -438,3 +438,28 @@ fn requests_of_all_shapes_take_turns() {
         });
     }
 }
+
+#[test]
+fn a_request_by_itself_is_told_of_at_once() {
+    for ring in [0, EVENT_IDX, INDIRECT, PACKED, PACKED | EVENT_IDX] {
+        let world = World::new();
+        let mut transport = world.embedded(DISK_FEATURES | ring, IommuMode::Offer);
+        world.with_mapper(Mapping::Dynamic, |mapper| {
+            let mut disk = Blk::start(&mut transport, new_driver(mapper), Options::default()).unwrap();
+            for round in 0..500 {
+                let kicks = disk.device_mut().transport_mut().device_mut().kicks;
+                let id = disk.send(Request::Read { sector: 1, into: &[world.buffer(0, 512)] }).unwrap();
+                // A device that did not ask to be told of this one is looked at.
+                let told = disk.device_mut().transport_mut().device_mut().kicks - kicks;
+                assert_eq!(told, u32::from(ring & EVENT_IDX == 0 || told == 1), "round {round}, ring {ring:#x}");
+                let ended = loop {
+                    match disk.poll().unwrap() {
+                        Some(ended) => break ended,
+                        None => disk.wait().unwrap(),
+                    }
+                };
+                assert_eq!((ended.id, ended.result), (id, Ok(Answer::Done)));
+            }
+        });
+    }
+}

@@ -3,7 +3,7 @@
 use crate::peer::*;
 use crate::world::*;
 use proptest::prelude::*;
-use ringfence_dma::{Buffer, BusAddr, Gpa, Mapper, Permission, Physical};
+use ringfence_dma::{Buffer, BusAddr, Gpa, HostSlice, Mapper, Permission};
 use ringfence_driver::blk::{Blk, BlkError, Options, Request, RequestId};
 use ringfence_driver::console::Console;
 use ringfence_driver::embedded::{DeviceEnd, Embedded, EmbeddedError};
@@ -28,17 +28,46 @@ enum Step {
     Notify,
     /// The device serves what there is.
     Wait,
-    /// The device writes over something, as far into coherent memory as this.
-    Scribble {
+    Scrawl(Scrawl),
+}
+
+/// What a device writes over something.
+#[derive(Clone, Debug)]
+enum Scrawl {
+    Anything {
         at: u16,
         bytes: Vec<u8>,
     },
-    /// The same, aimed: an index near what it should be.
+    /// Aimed: an index near what it should be.
     Nudge {
         at: u16,
         by: i8,
     },
 }
+
+/// As far into coherent memory as `reach`. Rings begin on pages of their own.
+fn scrawl(reach: u16, rings: u16) -> impl Strategy<Value = Scrawl> {
+    prop_oneof![
+        1 => (0..reach, prop::collection::vec(any::<u8>(), 1..16)).prop_map(|(at, bytes)| Scrawl::Anything { at, bytes }),
+        2 => (0..rings, 0..1200_u16, any::<i8>()).prop_map(|(ring, at, by)| Scrawl::Nudge { at: ring * 4096 + at, by }),
+    ]
+}
+
+impl Scrawl {
+    fn over(&self, memory: HostSlice<'_>) {
+        match *self {
+            Scrawl::Anything { at, ref bytes } => memory.write(at.into(), bytes),
+            Scrawl::Nudge { at, by } => {
+                let mut byte = [0];
+                memory.read(at.into(), &mut byte);
+                memory.write(at.into(), &[byte[0].wrapping_add_signed(by)]);
+            }
+        }
+    }
+}
+
+/// As much of memory as is scrawled over.
+const COHERENT: usize = 16 << 10;
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
@@ -49,8 +78,7 @@ fn step() -> impl Strategy<Value = Step> {
         4 => Just(Step::Poll),
         2 => Just(Step::Notify),
         2 => Just(Step::Wait),
-        2 => (0..3000_u16, prop::collection::vec(any::<u8>(), 1..16)).prop_map(|(at, bytes)| Step::Scribble { at, bytes }),
-        4 => (0..1200_u16, any::<i8>()).prop_map(|(at, by)| Step::Nudge { at, by }),
+        6 => scrawl(3000, 1).prop_map(Step::Scrawl),
     ]
 }
 
@@ -87,16 +115,8 @@ proptest! {
                         }
                         None
                     }),
-                    Step::Scribble { at, bytes } => {
-                        let memory = world.ram.slice(usize::from(at), bytes.len());
-                        memory.write(0, &bytes);
-                        Ok(None)
-                    }
-                    Step::Nudge { at, by } => {
-                        let memory = Physical::slice(&*world.ram, Gpa(at.into()), 1).unwrap();
-                        let mut byte = [0];
-                        memory.read(0, &mut byte);
-                        memory.write(0, &[byte[0].wrapping_add_signed(by)]);
+                    Step::Scrawl(scrawl) => {
+                        scrawl.over(world.ram.slice(0, COHERENT));
                         Ok(None)
                     }
                 };
@@ -122,26 +142,16 @@ proptest! {
 /// What a device does that no device may.
 #[derive(Clone, Debug)]
 enum Mischief {
-    Scribble {
-        at: u16,
-        bytes: Vec<u8>,
-    },
-    Nudge {
-        at: u16,
-        by: i8,
-    },
+    Scrawl(Scrawl),
     /// What it uses next it uses so.
     Crime(Crime),
     /// It forgets all of its queues.
     Forget,
 }
 
-/// The rings begin on pages of their own.
 fn mischief(rings: u16) -> impl Strategy<Value = Mischief> {
     prop_oneof![
-        2 => (0..9000_u16, prop::collection::vec(any::<u8>(), 1..16))
-            .prop_map(|(at, bytes)| Mischief::Scribble { at, bytes }),
-        4 => (0..rings, 0..1200_u16, any::<i8>()).prop_map(|(ring, at, by)| Mischief::Nudge { at: ring * 4096 + at, by }),
+        6 => scrawl(9000, rings).prop_map(Mischief::Scrawl),
         1 => prop::sample::select(CRIMES.to_vec()).prop_map(Mischief::Crime),
         1 => Just(Mischief::Forget),
     ]
@@ -149,13 +159,7 @@ fn mischief(rings: u16) -> impl Strategy<Value = Mischief> {
 
 fn commit(mischief: Mischief, world: &World, peer: &mut Peer<'_>) {
     match mischief {
-        Mischief::Scribble { at, bytes } => world.ram.slice(usize::from(at), bytes.len()).write(0, &bytes),
-        Mischief::Nudge { at, by } => {
-            let memory = world.ram.slice(at.into(), 1);
-            let mut byte = [0];
-            memory.read(0, &mut byte);
-            memory.write(0, &[byte[0].wrapping_add_signed(by)]);
-        }
+        Mischief::Scrawl(scrawl) => scrawl.over(world.ram.slice(0, COHERENT)),
         Mischief::Crime(crime) => peer.crime = crime,
         Mischief::Forget => DeviceEnd::reset(peer),
     }
@@ -187,12 +191,14 @@ fn loan_step() -> impl Strategy<Value = LoanStep> {
     ]
 }
 
+/// What came back, and how much of it is filled.
+type Back<'a> = Option<(LoanId, Buffer<'a>, usize)>;
+
 /// What the test asks of a driver, whichever it is.
 trait Lends<'a> {
     type Error: std::fmt::Debug;
     fn lend(&mut self, buffer: Buffer<'a>) -> Result<LoanId, LoanError<Self::Error>>;
-    /// What came back, and how much of it is filled.
-    fn back(&mut self) -> Result<Option<(LoanId, Buffer<'a>, usize)>, LoanError<Self::Error>>;
+    fn back(&mut self) -> Result<Back<'a>, LoanError<Self::Error>>;
     fn send(&mut self, buffer: Buffer<'a>) -> Result<LoanId, LoanError<Self::Error>>;
     fn sent(&mut self) -> Result<Option<LoanId>, LoanError<Self::Error>>;
     fn notify(&mut self) -> Result<(), LoanError<Self::Error>>;
@@ -210,7 +216,7 @@ macro_rules! lends {
                 self.$lend(buffer)
             }
 
-            fn back(&mut self) -> Result<Option<(LoanId, Buffer<'a>, usize)>, LoanError<EmbeddedError>> {
+            fn back(&mut self) -> Result<Back<'a>, LoanError<EmbeddedError>> {
                 Ok(self.$back()?.map(|back| (back.id, back.buffer, back.len)))
             }
 
@@ -403,12 +409,7 @@ proptest! {
                     faults.borrow_mut().extend((0..count).map(|_| event.clone()));
                 }
                 IommuStep::Restart => drop(iommu.restart()),
-                IommuStep::Mischief(Mischief::Scribble { at, bytes }) => memory.memory().write(usize::from(at), &bytes),
-                IommuStep::Mischief(Mischief::Nudge { at, by }) => {
-                    let mut byte = [0];
-                    memory.memory().read(at.into(), &mut byte);
-                    memory.memory().write(at.into(), &[byte[0].wrapping_add_signed(by)]);
-                }
+                IommuStep::Mischief(Mischief::Scrawl(scrawl)) => scrawl.over(memory.memory()),
                 IommuStep::Mischief(Mischief::Crime(crime)) => peer.0.borrow_mut().crime = crime,
                 IommuStep::Mischief(Mischief::Forget) => peer.0.borrow_mut().reset(),
             }

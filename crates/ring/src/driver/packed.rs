@@ -131,21 +131,34 @@ impl Ring {
 
     #[inline(always)]
     pub(super) fn needs_kick(&mut self, cells: &RingCells<'_>) -> bool {
-        let untold = self.count.wrapping_sub(self.told);
-        if untold == 0 {
+        if self.count == self.told {
             return false;
         }
-        self.told = self.count;
+        self.tell(cells)
+    }
+
+    /// The same where there is something that the device was not told of.
+    #[inline(always)]
+    pub(super) fn tell(&mut self, cells: &RingCells<'_>) -> bool {
         // Orders the store of the head's flags before the load of what the device wants; the device does the opposite
         // before it sleeps.
         fence(Ordering::SeqCst);
         let wanted = u32::from_le(cells.events[1][0].load(Ordering::Relaxed));
+        // EVENT_ENABLE.
+        let wants = wanted & 3 << 16 == 0 || self.wants_this(wanted);
+        self.told = self.count;
+        wants
+    }
+
+    /// Whether a device wants to be told of what is new that does not want to be told of everything.
+    #[cold]
+    fn wants_this(&self, wanted: u32) -> bool {
         let (event, flags) = (wanted as u16, (wanted >> 16) as u16 & 3);
         match (flags, self.notifications) {
             (EVENT_DISABLE, _) => false,
             (EVENT_DESC, Notifications::EventIdx) => {
                 // More than a lap is a lap: every event is among them.
-                let untold = untold.min(self.size.into()) as u32;
+                let untold = self.count.wrapping_sub(self.told).min(self.size.into()) as u32;
                 packed_event_passed(event, self.added, self.lap == word(AVAIL), untold, self.size)
             }
             _ => true,

@@ -93,10 +93,25 @@ impl Ring {
     /// Everything is published.
     #[inline(always)]
     pub(super) fn needs_kick(&mut self, cells: &RingCells<'_>) -> bool {
-        let untold = self.added.wrapping_sub(self.told);
-        if untold == 0 {
+        if self.added == self.told {
             return false;
         }
+        self.ask(cells)
+    }
+
+    /// There is something to publish.
+    #[inline(always)]
+    pub(super) fn tell(&mut self, cells: &RingCells<'_>) -> bool {
+        // Release: as in `publish`.
+        cells.avail_index.store((self.added as u16).to_le(), Ordering::Release);
+        self.published = self.added;
+        self.ask(cells)
+    }
+
+    /// Whether the device wants to be told. There is something that it was not told of.
+    #[inline(always)]
+    fn ask(&mut self, cells: &RingCells<'_>) -> bool {
+        let untold = self.added.wrapping_sub(self.told);
         self.told = self.added;
         // Orders the store of the avail index before the load of what the device wants; the device does the opposite
         // before it sleeps.
