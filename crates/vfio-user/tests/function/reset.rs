@@ -92,7 +92,8 @@ impl<'m> Ring<'m> {
         let header = self.at + 0x3000;
         self.memory.slice(header, 16).write(0, &[[0; 8], sector.to_le_bytes()].concat());
         self.memory.slice(header + 16, 1).fill(0xff);
-        let descriptors = [(header as u64, 16, NEXT), (into, PAGE as u32, NEXT | WRITE), (header as u64 + 16, 1, WRITE)];
+        let descriptors =
+            [(header as u64, 16, NEXT), (into, PAGE as u32, NEXT | WRITE), (header as u64 + 16, 1, WRITE)];
         // The first is made available last.
         for (number, (addr, len, flags)) in descriptors.into_iter().enumerate().rev() {
             let mut bytes = Vec::from(addr.to_le_bytes());
