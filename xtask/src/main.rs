@@ -8,6 +8,7 @@
 mod arrows;
 mod bit33;
 mod browser;
+mod cards;
 mod confined;
 mod fuzz;
 mod guest_speed;
@@ -29,6 +30,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::cards::Which;
 use crate::fuzz::FuzzArgs;
 use crate::guest_speed::SpeedArgs;
 use crate::guests::GuestArgs;
@@ -87,6 +89,13 @@ enum Task {
     Confined,
     /// A user-space driver of ours in a Linux guest, with devices by way of VFIO.
     Vfio,
+    /// Whole PCI functions of ours, by vfio-user, in Linux guests of three kernels: what lspci makes of them, and what becomes
+    /// of them when they are plugged in, unplugged and killed under load.
+    Cards {
+        /// Only the boot that every test run has.
+        #[arg(long)]
+        one: bool,
+    },
     /// virtiofsd behind `ringfence wrap`, and a Linux guest behind intel-iommu that mounts its folder.
     Wrapped,
     /// The matrix as a page, read in a headless Chromium.
@@ -167,8 +176,14 @@ fn perform(task: Task) -> Result<bool, String> {
             steps.step("confined devices", |log| confined::boot(workspace, true, log))
         }),
         Task::Vfio => run(workspace, false, |steps| {
+            server(steps)?;
             steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
             steps.step("devices by way of VFIO", |log| vfio::boot(workspace, true, log))
+        }),
+        Task::Cards { one } => run(workspace, false, |steps| {
+            server(steps)?;
+            let which = if one { Which::One } else { Which::All };
+            steps.step("whole PCI functions", |log| cards::boot(workspace, which, true, log))
         }),
         Task::Wrapped => run(workspace, false, |steps| {
             server(steps)?;
@@ -225,6 +240,7 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     steps.step("devices by way of VFIO", |log| vfio::boot(workspace, guests.no_skip(), log))?;
     steps.step("the report in a browser", |log| report::run(workspace, log))?;
     boots(workspace, steps, guests)?;
+    steps.step("whole PCI functions", |log| cards::boot(workspace, Which::One, guests.no_skip(), log))?;
     steps.step("wrapped back-ends", |log| wrapped::boot(workspace, guests.no_skip(), log))
 }
 

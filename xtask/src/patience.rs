@@ -10,15 +10,29 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 /// Runs QEMU to its end, or for as long as is reasonable.
 pub(crate) fn wait(command: &mut Command) -> Result<ExitStatus, String> {
+    wait_and(command, || Ok(()))
+}
+
+/// The same, and calls `meanwhile` many times a second; its error ends QEMU.
+pub(crate) fn wait_and(
+    command: &mut Command,
+    mut meanwhile: impl FnMut() -> Result<(), String>,
+) -> Result<ExitStatus, String> {
     let mut child = command.stdin(Stdio::null()).spawn().map_err(|error| format!("cannot start QEMU: {error}"))?;
     let deadline = Instant::now() + PATIENCE;
-    while Instant::now() < deadline {
+    let reason = loop {
         if let Some(status) = child.try_wait().map_err(|error| error.to_string())? {
             return Ok(status);
         }
+        if let Err(reason) = meanwhile() {
+            break reason;
+        }
+        if Instant::now() >= deadline {
+            break format!("no end after {} s", PATIENCE.as_secs());
+        }
         thread::sleep(PAUSE);
-    }
+    };
     let _ = child.kill();
     let _ = child.wait();
-    Err(format!("no end after {} s; killed", PATIENCE.as_secs()))
+    Err(format!("{reason}; killed"))
 }

@@ -1,16 +1,18 @@
 //! A user-space driver of ours as the init of a Linux guest: QEMU's own virtio devices by way of VFIO, behind
-//! intel-iommu and behind virtio-iommu.
+//! intel-iommu and behind virtio-iommu; and a disk that is a process of ours, as a card is (vfio-user).
 
 use std::fs::{self, File};
-use std::path::Path;
-use std::time::Instant;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use ringfence_guests::{
-    Arch, Cache, Error, Guest, Image, ImageState, Initramfs, KernelSeries, Qemu, QemuSource, VFIO_MODULES,
+    Arch, Backend, Cache, Error, Guest, Image, ImageState, Initramfs, KernelSeries, Qemu, QemuSource, VFIO_MODULES,
 };
 use ringfence_policy::IommuMode;
 
 use crate::Workspace;
+use crate::cards::function;
 use crate::old_driver::program;
 use crate::patience::wait;
 use crate::static_program;
@@ -27,16 +29,22 @@ struct Cell {
     /// Modules beside those of VFIO, before them.
     modules: &'static [&'static str],
     arguments: &'static str,
-    /// Options of each device.
-    devices: &'static str,
+    devices: Devices,
     end: &'static str,
     /// Whether the disk's driver took the flag.
     flag: bool,
 }
 
-const CONFINED: &str = "disable-legacy=on,iommu_platform=on";
-const PACKED: &str = "disable-legacy=on,iommu_platform=on,packed=on";
-const UNFLAGGED: &str = "disable-legacy=on,iommu_platform=off";
+enum Devices {
+    /// QEMU's own disk, random bytes and network card, with these options.
+    Qemus(&'static str),
+    /// A disk of ours, which negotiates for itself.
+    Card(IommuMode),
+}
+
+const CONFINED: Devices = Devices::Qemus("disable-legacy=on,iommu_platform=on");
+const PACKED: Devices = Devices::Qemus("disable-legacy=on,iommu_platform=on,packed=on");
+const UNFLAGGED: Devices = Devices::Qemus("disable-legacy=on,iommu_platform=off");
 
 /// vfio-pci wants an IOMMU that says when mappings appear.
 const INTEL: Cell = Cell {
@@ -72,7 +80,21 @@ const CELLS: &[Cell] = &[
     },
     VIRTIO,
     Cell { name: "virtio-iommu, packed", devices: PACKED, ..VIRTIO },
+    Cell { name: "a card", devices: Devices::Card(IommuMode::Offer), ..INTEL },
+    Cell { name: "a card, unflagged", devices: Devices::Card(IommuMode::Off), end: "refused", flag: false, ..INTEL },
+    // What it is told is where memory is by itself, and nothing is granted there.
+    Cell {
+        name: "a card, allowed",
+        devices: Devices::Card(IommuMode::Off),
+        arguments: "intel_iommu=on ringfence.allow ringfence.haste",
+        end: "failed",
+        flag: false,
+        ..INTEL
+    },
 ];
+
+/// How long a card's last line is waited for.
+const PARTING: Duration = Duration::from_secs(10);
 
 /// Builds the program.
 pub(crate) fn build(workspace: &Workspace, log: &mut Log) -> StepResult {
@@ -103,35 +125,72 @@ pub(crate) fn boot(workspace: &Workspace, no_skip: bool, log: &mut Log) -> StepR
         Err(error) if error.is_missing_tool() && !no_skip => return Ok(Pass::Skipped(error.to_string())),
         Err(error) => return Err(error.to_string()),
     };
+    let with_cards = Qemu::with_device(&cache, QemuSource::Auto, Arch::Amd64, "vfio-user-pci").map_err(text)?;
+    let server = workspace.target.join("release/ringfence");
     let started = Instant::now();
+    let kit = Kit { cache: &cache, qemu, with_cards, program, server };
     for cell in CELLS {
-        cell.boot(&cache, &qemu, &program, log).map_err(|reason| format!("{}: {reason}", cell.name))?;
+        cell.boot(&kit, log).map_err(|reason| format!("{}: {reason}", cell.name))?;
     }
     Ok(Pass::Whole(format!("{} boots, {:.1} s", CELLS.len(), started.elapsed().as_secs_f64())))
 }
 
+/// What boots are made of.
+struct Kit<'a> {
+    cache: &'a Cache<'a>,
+    qemu: Qemu,
+    with_cards: Qemu,
+    program: PathBuf,
+    server: PathBuf,
+}
+
+/// A card on a socket in `folder`.
+fn card(kit: &Kit<'_>, mode: IommuMode, image: &Image, folder: &Path) -> Result<Backend, Error> {
+    let socket = folder.join("socket");
+    let mut command = Command::new(&kit.server);
+    command.args(["serve", "blk", "--transport", "vfio-user", "--iommu", &mode.to_string(), "--socket"]);
+    command.arg(&socket).arg("--image").arg(image.path());
+    Backend::start(command, &socket, &folder.join("log"))
+}
+
 impl Cell {
-    fn boot(&self, cache: &Cache<'_>, qemu: &Qemu, program: &Path, log: &mut Log) -> Result<(), String> {
+    fn boot(&self, kit: &Kit<'_>, log: &mut Log) -> Result<(), String> {
         let text = |error: Error| error.to_string();
-        let kernel = cache.kernel(self.kernel, Arch::Amd64).map_err(text)?;
+        let kernel = kit.cache.kernel(self.kernel, Arch::Amd64).map_err(text)?;
         let modules: Vec<_> = self.modules.iter().chain(VFIO_MODULES).copied().collect();
-        let archive = Initramfs::of_program(&kernel, program, &modules).map_err(text)?;
+        let archive = Initramfs::of_program(&kernel, &kit.program, &modules).map_err(text)?;
         let folder = tempfile::tempdir().map_err(|error| format!("cannot create a folder: {error}"))?;
         let [initramfs, console, disk] = ["initramfs", "console", "disk"].map(|name| folder.path().join(name));
         let at = |path: &Path| format!("{}: ", path.display());
         fs::write(&initramfs, archive.bytes()).map_err(|error| at(&initramfs) + &error.to_string())?;
         let image = Image::create(&disk, 13).map_err(text)?;
         let file = File::create(&console).map_err(|error| at(&console) + &error.to_string())?;
-        let Self { devices, iommu, arguments, .. } = self;
+        let Self { iommu, arguments, .. } = self;
+        let card = match self.devices {
+            Devices::Qemus(_) => None,
+            Devices::Card(mode) => Some(card(kit, mode, &image, folder.path()).map_err(text)?),
+        };
+        let qemu = if card.is_some() { &kit.with_cards } else { &kit.qemu };
         let mut command = qemu.command(Arch::Amd64);
         command
             .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-accel", "tcg"])
-            .args(["-machine", "q35,kernel-irqchip=split", "-cpu", "max", "-m", "256M", "-device", iommu])
-            .args(["-blockdev", &format!("driver=file,node-name=disk,filename={}", disk.display())])
-            .args(["-device", &format!("virtio-blk-pci,drive=disk,{devices}")])
-            .args(["-device", &format!("virtio-rng-pci,{devices}")])
-            .args(["-netdev", "user,id=net,restrict=on"])
-            .args(["-device", &format!("virtio-net-pci,netdev=net,{devices}")])
+            .args(["-object", "memory-backend-memfd,id=memory,size=256M,share=on", "-m", "256M"])
+            .args(["-machine", "q35,kernel-irqchip=split,memory-backend=memory", "-cpu", "max", "-device", iommu]);
+        match (&card, &self.devices) {
+            (Some(card), _) => {
+                command.args(["-device", &function("disk", "3", card.socket())]);
+            }
+            (None, Devices::Card(_)) => unreachable!("it was started above"),
+            (None, Devices::Qemus(options)) => {
+                command
+                    .args(["-blockdev", &format!("driver=file,node-name=disk,filename={}", disk.display())])
+                    .args(["-device", &format!("virtio-blk-pci,drive=disk,{options}")])
+                    .args(["-device", &format!("virtio-rng-pci,{options}")])
+                    .args(["-netdev", "user,id=net,restrict=on"])
+                    .args(["-device", &format!("virtio-net-pci,netdev=net,{options}")]);
+            }
+        }
+        command
             .arg("-kernel")
             .arg(&kernel.image)
             .arg("-initrd")
@@ -142,11 +201,16 @@ impl Cell {
         let ended = wait(&mut command)?;
         let console = fs::read(&console).map_err(|error| error.to_string())?;
         let console = String::from_utf8_lossy(&console);
-        log.line(format_args!("{}\n{console}", self.name));
-        self.judge(&console, &image).map_err(|reason| format!("{reason}; QEMU {ended}"))
+        let card = card.map(|card| {
+            card.logs(PARTING, |line| line.contains("connection ended"));
+            card.log()
+        });
+        log.line(format_args!("{}\n{console}\n{}", self.name, card.as_deref().unwrap_or_default()));
+        self.judge(&console, &image, card.as_deref()).map_err(|reason| format!("{reason}; QEMU {ended}"))
     }
 
-    fn judge(&self, console: &str, image: &Image) -> Result<(), String> {
+    /// `card`: what the disk itself told, where it is a process of ours.
+    fn judge(&self, console: &str, image: &Image, card: Option<&str>) -> Result<(), String> {
         let guest = Guest::parse(console);
         let hold = |what: &str, found: Option<&str>, wanted: &str| match found == Some(wanted) {
             true => Ok(()),
@@ -157,8 +221,11 @@ impl Cell {
             false => Err(format!("the driver does not say \"{words}\"")),
         };
         hold("end", guest.end.as_deref(), self.end)?;
-        if self.end == "refused" {
-            says("it appears to be behind an IOMMU and does not offer")?;
+        if self.end != "done" {
+            match self.end {
+                "refused" => says("it appears to be behind an IOMMU and does not offer")?,
+                _ => met_faults(card.unwrap_or_default())?,
+            }
             return match image.state().map_err(|error| error.to_string())? {
                 ImageState::Untouched => Ok(()),
                 state => Err(format!("the image was written to: {state:?}")),
@@ -167,8 +234,10 @@ impl Cell {
         hold("SHA-256 of what it read", guest.read.as_deref(), image.initial())?;
         hold("SHA-256 of what it read back", guest.written.as_deref(), image.expected())?;
         says("RINGFENCE restarted=the queue alone")?;
-        says("RINGFENCE random=64 bytes, which differ")?;
-        says("RINGFENCE router=[52, 55, 0a, 00, 02, 02]")?;
+        if card.is_none() {
+            says("RINGFENCE random=64 bytes, which differ")?;
+            says("RINGFENCE router=[52, 55, 0a, 00, 02, 02]")?;
+        }
         let slept =
             console.lines().find_map(|line| line.trim().strip_prefix("RINGFENCE interrupts=")?.parse::<u64>().ok());
         if slept.is_none_or(|slept| slept == 0) {
@@ -186,15 +255,25 @@ impl Cell {
         }
         if self.flag {
             says("RINGFENCE forbidden=nothing came through")?;
-            let (wrong, fault) = (told("RINGFENCE wrong=0x"), told("RINGFENCE fault="));
+            // A card has its own idea of what it was granted.
+            let (wrong, fault) = (told("RINGFENCE wrong=0x"), card.or_else(|| told("RINGFENCE fault=")));
             let heard = wrong.zip(fault).is_some_and(|(wrong, fault)| !wrong.is_empty() && fault.contains(wrong));
             if !heard {
-                return Err(format!("the kernel told of no fault at {wrong:?}, but {fault:?}"));
+                return Err(format!("nobody told of a fault at {wrong:?}, but {fault:?}"));
             }
         }
         match image.state().map_err(|error| error.to_string())? {
             ImageState::Written => Ok(()),
             state => Err(format!("the image on the host is not what it wrote: {state:?}")),
         }
+    }
+}
+
+/// Whether the log of a card tells of faults, and counts them.
+fn met_faults(log: &str) -> Result<(), String> {
+    let counted = log.lines().any(|line| line.contains("connection ended") && !line.contains("faults=0"));
+    match counted && log.contains("fault: ") {
+        true => Ok(()),
+        false => Err(format!("the card tells of no faults: {log}")),
     }
 }

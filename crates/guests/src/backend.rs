@@ -95,6 +95,17 @@ impl Backend {
         }
     }
 
+    /// Kills it, as `kill -9` does: it has no time for anything.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Backend`] when it had ended before.
+    pub fn kill(&self) -> Result<(), Error> {
+        let id = Pid::from_child(&self.child);
+        // The child is not yet waited for, so the id is still its own.
+        kill_process(id, Signal::KILL).map_err(|errno| self.failed(format!("cannot be killed: {errno}")))
+    }
+
     /// Ends it by SIGTERM and waits.
     ///
     /// # Errors

@@ -13,15 +13,15 @@ use crate::packages::{self, Arch, Installed, Lists, Suite};
 use crate::platform::KernelSeries;
 use crate::tool;
 
-/// Parts of a Debian kernel package that no guest here needs: 250 MB of 390.
+/// Parts of a Debian kernel package that no guest here needs: 250 MB of 390. Modules are in `lib`, or `usr/lib`.
 const UNWANTED: &[&str] = &[
-    "./lib/modules/*/kernel/drivers/gpu",
-    "./lib/modules/*/kernel/drivers/infiniband",
-    "./lib/modules/*/kernel/drivers/media",
-    "./lib/modules/*/kernel/drivers/net/ethernet",
-    "./lib/modules/*/kernel/drivers/net/wireless",
-    "./lib/modules/*/kernel/drivers/staging",
-    "./lib/modules/*/kernel/sound",
+    "lib/modules/*/kernel/drivers/gpu",
+    "lib/modules/*/kernel/drivers/infiniband",
+    "lib/modules/*/kernel/drivers/media",
+    "lib/modules/*/kernel/drivers/net/ethernet",
+    "lib/modules/*/kernel/drivers/net/wireless",
+    "lib/modules/*/kernel/drivers/staging",
+    "lib/modules/*/kernel/sound",
     "./usr/share",
 ];
 
@@ -52,10 +52,12 @@ impl<'a> Cache<'a> {
         let name = format!("linux-{}-{}", series.name(), arch.debian());
         let folder = self.entry(&name, |cache, partial| {
             let lists = cache.lists(&partial.join("apt"), &[series.suite()], arch, Installed::Nothing)?;
-            let package = lists.kernel_package(arch.kernel_metapackage())?;
-            cache.say(&format!("fetching {package} from {}", series.suite().name()));
             let root = partial.join("root");
-            packages::unpack(&lists.download(&package)?, &root, UNWANTED)?;
+            for package in lists.kernel_packages(arch.kernel_metapackage())? {
+                cache.say(&format!("fetching {package} from {}", series.suite().name()));
+                packages::unpack(&lists.download(&package)?, &root, UNWANTED)?;
+            }
+            kernel::settle(&root)?;
             kernel::inflate(&root)
         })?;
         Kernel::unpacked(&folder.join("root"))
@@ -114,6 +116,11 @@ impl<'a> Cache<'a> {
     /// passt of Debian 13: Debian 12's does not speak vhost-user.
     pub(crate) fn passt(&self) -> Result<PathBuf, Error> {
         self.programs("passt", Suite::Trixie, &["passt"])
+    }
+
+    /// lspci, and the names of what it lists.
+    pub(crate) fn pciutils(&self) -> Result<PathBuf, Error> {
+        self.programs("pciutils", Suite::Bookworm, &["pciutils"])
     }
 
     /// A root folder with `packages` of `suite` and what they need.

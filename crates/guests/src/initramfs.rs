@@ -23,8 +23,18 @@ pub struct Initramfs(Vec<u8>);
 impl Initramfs {
     /// Packs `busybox`, the init script, and `modules` of `kernel` with all they need.
     pub fn build(kernel: &Kernel, busybox: &Path, modules: &[&str]) -> Result<Self, Error> {
-        let wanted: Vec<_> = modules.iter().copied().chain([DISK_DRIVER]).collect();
-        Self::of_script(kernel, busybox, INIT, &wanted)
+        Self::of_script(kernel, busybox, INIT, &with_the_disks(modules))
+    }
+
+    /// The same, and `then`: a script that has the init script's functions, and runs when that has verified the disk.
+    ///
+    /// # Errors
+    ///
+    /// An error where something can't be read, or the kernel lacks a module.
+    pub fn build_with(kernel: &Kernel, busybox: &Path, modules: &[&str], then: &str) -> Result<Self, Error> {
+        let modules = modules::in_load_order(kernel, &with_the_disks(modules))?;
+        let files = [("bin/busybox", &read(busybox)?[..]), ("then.sh", then.as_bytes())];
+        Ok(Self::pack(INIT.as_bytes(), &files, &modules))
     }
 
     /// Packs `busybox`, a script for its shell that is the guest's only program, and `modules` of `kernel` with all they
@@ -34,8 +44,8 @@ impl Initramfs {
     ///
     /// An error where something can't be read, or the kernel lacks a module.
     pub fn of_script(kernel: &Kernel, busybox: &Path, script: &str, modules: &[&str]) -> Result<Self, Error> {
-        let programs = [("bin/busybox", busybox)];
-        Self::pack(script.as_bytes(), &programs, &modules::in_load_order(kernel, modules)?)
+        let modules = modules::in_load_order(kernel, modules)?;
+        Ok(Self::pack(script.as_bytes(), &[("bin/busybox", &read(busybox)?)], &modules))
     }
 
     /// Packs `busybox`, a script that measures two disks, and `load`: `ringfence-guest-load`, built static.
@@ -45,7 +55,8 @@ impl Initramfs {
     /// An error where something can't be read, or the kernel lacks a module.
     pub fn of_speed(kernel: &Kernel, busybox: &Path, load: &Path) -> Result<Self, Error> {
         let modules = modules::in_load_order(kernel, &["virtio_pci", DISK_DRIVER])?;
-        Self::pack(SPEED.as_bytes(), &[("bin/busybox", busybox), ("bin/load", load)], &modules)
+        let files = [("bin/busybox", &read(busybox)?[..]), ("bin/load", &read(load)?)];
+        Ok(Self::pack(SPEED.as_bytes(), &files, &modules))
     }
 
     /// Packs a static program that is the guest's only one, and `modules` of `kernel` with all they need: `/init`, and
@@ -55,29 +66,36 @@ impl Initramfs {
     ///
     /// An error where something can't be read, or the kernel lacks a module.
     pub fn of_program(kernel: &Kernel, program: &Path, modules: &[&str]) -> Result<Self, Error> {
-        let program = fs::read(program).map_err(Error::file("cannot read", program))?;
-        Self::pack(&program, &[], &modules::in_load_order(kernel, modules)?)
+        Ok(Self::pack(&read(program)?, &[], &modules::in_load_order(kernel, modules)?))
     }
 
-    fn pack(init: &[u8], programs: &[(&str, &Path)], modules: &[Module]) -> Result<Self, Error> {
+    fn pack(init: &[u8], files: &[(&str, &[u8])], modules: &[Module]) -> Self {
         let mut archive = Archive::default();
         for folder in ["bin", "dev", "modules", "proc", "run", "sys"] {
             archive.folder(folder);
         }
         archive.file("init", 0o755, init);
-        for &(name, path) in programs {
-            archive.file(name, 0o755, &fs::read(path).map_err(Error::file("cannot read", path))?);
+        for &(name, content) in files {
+            archive.file(name, 0o755, content);
         }
         for (position, module) in modules.iter().enumerate() {
             archive.file(&format!("modules/{position:02}-{}.ko", module.name), 0o644, &module.object);
         }
-        Ok(Self(archive.finish()))
+        Self(archive.finish())
     }
 
     /// The archive's bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.0
     }
+}
+
+fn with_the_disks<'m>(modules: &[&'m str]) -> Vec<&'m str> {
+    modules.iter().copied().chain([DISK_DRIVER]).collect()
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    fs::read(path).map_err(Error::file("cannot read", path))
 }
 
 /// A 'newc' cpio archive: a header of thirteen hexadecimal fields, the name and

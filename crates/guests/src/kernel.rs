@@ -39,6 +39,22 @@ impl Kernel {
     }
 }
 
+/// Puts a kernel that lies beside its modules, as from Debian 14 on, where it was before.
+pub(crate) fn settle(root: &Path) -> Result<(), Error> {
+    let modules = root.join("usr/lib/modules");
+    let Ok(entries) = fs::read_dir(&modules) else { return Ok(()) };
+    for entry in entries.flatten() {
+        let image = entry.path().join("vmlinuz");
+        if image.exists() {
+            let boot = root.join("boot");
+            fs::create_dir_all(&boot).map_err(Error::file("cannot create", &boot))?;
+            let release = entry.file_name().to_string_lossy().into_owned();
+            fs::rename(&image, boot.join(format!("vmlinuz-{release}"))).map_err(Error::file("cannot move", &image))?;
+        }
+    }
+    Ok(())
+}
+
 /// Takes an xz-compressed x86 kernel out of its shell.
 ///
 /// An emulated CPU needs 6 s to inflate Debian's 6.1, at each boot; the host
@@ -105,6 +121,19 @@ mod tests {
         assert_eq!(xz_payload(&shell(b"\x28\xb5\x2f\xfd zstd")), None);
         assert_eq!(xz_payload(&shell(xz)[..1030]), None, "cut short");
         assert_eq!(xz_payload(b"MZ"), None, "not x86");
+    }
+
+    #[test]
+    fn a_kernel_beside_its_modules_is_found_too() {
+        let root = tempfile::tempdir().unwrap();
+        settle(root.path()).unwrap();
+        let modules = root.path().join("usr/lib/modules/7.0-x");
+        fs::create_dir_all(&modules).unwrap();
+        fs::write(modules.join("vmlinuz"), "").unwrap();
+        settle(root.path()).unwrap();
+        let kernel = Kernel::unpacked(root.path()).unwrap();
+        assert_eq!((kernel.image, kernel.modules), (root.path().join("boot/vmlinuz-7.0-x"), modules));
+        assert_eq!(kernel.release, "7.0-x");
     }
 
     #[test]

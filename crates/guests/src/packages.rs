@@ -143,13 +143,20 @@ impl Lists {
         Ok(lists)
     }
 
-    /// The package that a metapackage of kernels stands for.
-    pub(crate) fn kernel_package(&self, metapackage: &str) -> Result<String, Error> {
-        let answer = tool::run(self.apt("apt-cache").args(["depends", metapackage]))?;
-        kernel_dependency(&answer).ok_or_else(|| Error::Content {
+    /// The packages that a metapackage of kernels stands for: the kernel's own, and from Debian 14 on those that its image,
+    /// its modules and their lists are in.
+    pub(crate) fn kernel_packages(&self, metapackage: &str) -> Result<Vec<String>, Error> {
+        let depends = |package: &str| tool::run(self.apt("apt-cache").args(["depends", package]));
+        let answer = depends(metapackage)?;
+        let kernel = dependencies(&answer, "linux-image-").next().ok_or_else(|| Error::Content {
             subject: metapackage.to_owned(),
             problem: format!("depends on no kernel; apt-cache said: {}", answer.trim()),
-        })
+        })?;
+        let answer = depends(kernel)?;
+        let parts = ["linux-binary-", "linux-modules-", "linux-base-"]
+            .into_iter()
+            .flat_map(|prefix| dependencies(&answer, prefix));
+        Ok([kernel].into_iter().chain(parts).map(str::to_owned).collect())
     }
 
     /// Downloads one package into the lists' folder and returns its file.
@@ -157,7 +164,7 @@ impl Lists {
         let folder = self.folder.join("packages");
         fs::create_dir_all(&folder).map_err(Error::file("cannot create", &folder))?;
         tool::run(self.apt("apt-get").current_dir(&folder).args(["download", package]))?;
-        debs(&folder)?.pop().ok_or_else(|| Error::Content {
+        debs(&folder)?.into_iter().find(|deb| is_of(deb, package)).ok_or_else(|| Error::Content {
             subject: package.to_owned(),
             problem: "apt-get download left no file".to_owned(),
         })
@@ -225,12 +232,10 @@ fn is_of(deb: &Path, package: &str) -> bool {
     deb.file_name().and_then(|name| name.to_str()?.strip_prefix(package)).is_some_and(|rest| rest.starts_with('_'))
 }
 
-fn kernel_dependency(depends: &str) -> Option<String> {
-    depends
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("Depends: "))
-        .find(|package| package.starts_with("linux-image-"))
-        .map(str::to_owned)
+/// What apt-cache says that a package depends on, as far as it begins so.
+fn dependencies<'t>(depends: &'t str, prefix: &'static str) -> impl Iterator<Item = &'t str> {
+    let packages = depends.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
+    packages.filter(move |package| package.starts_with(prefix))
 }
 
 /// Unpacks a package below `into`, leaving out the paths in `without`.
@@ -269,8 +274,9 @@ mod tests {
     #[test]
     fn a_metapackage_names_its_kernel() {
         let answer = "linux-image-amd64\n  Depends: linux-image-6.1.0-50-amd64\n";
-        assert_eq!(kernel_dependency(answer).as_deref(), Some("linux-image-6.1.0-50-amd64"));
-        assert_eq!(kernel_dependency("linux-image-amd64\n"), None);
+        assert_eq!(dependencies(answer, "linux-image-").collect::<Vec<_>>(), ["linux-image-6.1.0-50-amd64"]);
+        assert_eq!(dependencies(answer, "linux-binary-").next(), None);
+        assert_eq!(dependencies("linux-image-amd64\n", "linux-image-").next(), None);
     }
 
     #[test]

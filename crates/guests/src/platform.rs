@@ -2,21 +2,24 @@
 
 use crate::packages::{Arch, Suite};
 
-/// A kernel series that Debian 12 offers.
+/// A kernel series that Debian offers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum KernelSeries {
     /// Debian 12's own.
     V6_1,
     /// The one of bookworm-backports; the first here with virtio-iommu on x86.
     V6_12,
+    /// Whatever Debian's newest is.
+    Newest,
 }
 
 impl KernelSeries {
-    /// The series' number.
+    /// The series' number, where it stays the same.
     pub const fn name(self) -> &'static str {
         match self {
             Self::V6_1 => "6.1",
             Self::V6_12 => "6.12",
+            Self::Newest => "newest",
         }
     }
 
@@ -24,6 +27,7 @@ impl KernelSeries {
         match self {
             Self::V6_1 => Suite::Bookworm,
             Self::V6_12 => Suite::BookwormBackports,
+            Self::Newest => Suite::Sid,
         }
     }
 }

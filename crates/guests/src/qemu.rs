@@ -48,6 +48,20 @@ impl Qemu {
         }
     }
 
+    /// The same, for guests of `arch` with a device that older ones lack: the one that was asked for, or is in `PATH`, if it
+    /// has it; else Debian's newest. Nothing is installed.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn with_device(cache: &Cache<'_>, source: QemuSource, arch: Arch, device: &str) -> Result<Self, Error> {
+        let asked = if source == QemuSource::Auto { QemuSource::Path } else { source };
+        match Self::find(cache, asked, &[arch]).ok().filter(|qemu| qemu.has_device(arch, device)) {
+            Some(qemu) => Ok(qemu),
+            None => Self::find(cache, QemuSource::Unpacked(Suite::Sid), &[arch]),
+        }
+    }
+
     /// The command that starts the emulator of `arch`.
     pub fn command(&self, arch: Arch) -> Command {
         let Some(root) = &self.root else { return Command::new(arch.qemu()) };

@@ -45,7 +45,8 @@ pub struct Ring {
 const DIES_OF_STATUS: u64 = 11;
 
 /// A connection to a running QEMU.
-pub(crate) struct Monitor {
+#[derive(Debug)]
+pub struct Monitor {
     stream: BufReader<UnixStream>,
     /// QEMU's major version.
     major: u64,
@@ -53,7 +54,7 @@ pub(crate) struct Monitor {
 
 impl Monitor {
     /// Connects to the socket that QEMU was told of; `None` while there is none.
-    pub(crate) fn connect(socket: &Path) -> Option<Self> {
+    pub fn connect(socket: &Path) -> Option<Self> {
         let stream = UnixStream::connect(socket).ok()?;
         stream.set_read_timeout(Some(PATIENCE)).ok()?;
         let mut monitor = Self { stream: BufReader::new(stream), major: 0 };
@@ -101,8 +102,8 @@ impl Monitor {
         let _ = self.ask("quit", &json!({}));
     }
 
-    /// The answer; `None` for an error as for a QEMU that has gone.
-    fn ask(&mut self, command: &str, arguments: &Value) -> Option<Value> {
+    /// Has QEMU do something, and waits for its answer; `None` for an error as for a QEMU that has gone.
+    pub fn ask(&mut self, command: &str, arguments: &Value) -> Option<Value> {
         let mut question = json!({ "execute": command, "arguments": arguments }).to_string();
         question.push('\n');
         self.stream.get_mut().write_all(question.as_bytes()).ok()?;

@@ -8,6 +8,7 @@ use ringfence_vhost_user::channel::{Channel, ChannelError, Message, Received};
 use ringfence_vhost_user::server::Ended;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::{RecvFlags, Shutdown, recv, shutdown};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -25,18 +26,12 @@ pub use ringfence_vhost_user::server::{Server, ServerError};
 pub fn run(
     server: Server,
     name: &str,
-    mut open: impl FnMut() -> io::Result<Arc<dyn Device>>,
+    open: impl FnMut() -> io::Result<Arc<dyn Device>>,
     options: Options,
     end: BorrowedFd<'_>,
 ) -> Result<(), ServerError> {
-    let serve = |stream| match open() {
-        Ok(device) => connection(stream, device, options, end),
-        Err(error) => {
-            tracing::error!("connection closed: no {name} to serve: {error}");
-            Ended::ByFrontend
-        }
-    };
-    server.each(&format!("{name}, vfio-user, iommu {}", options.iommu), serve, end)
+    let serve = |stream, device| connection(stream, device, options, end);
+    server.each_with((name, &format!("vfio-user, iommu {}", options.iommu)), open, serve, end)
 }
 
 /// Why a connection ended early.
@@ -67,6 +62,7 @@ fn connection(stream: UnixStream, device: Arc<dyn Device>, options: Options, end
     let ended = Connection::new(stream, device, options, end).map_err(Lost::from).and_then(|mut connection| {
         // A bug of ours ends the connection it was met on, and the next client is served.
         let ended = std::panic::catch_unwind(AssertUnwindSafe(|| connection.run(end)));
+        connection.part();
         let counted = connection.session.counted();
         tracing::info!(maps = counted.maps, unmaps = counted.unmaps, faults = counted.faults, "connection ended");
         ended.unwrap_or(Err(Lost::Panicked))
@@ -135,6 +131,17 @@ impl Connection {
             if let Some(twin) = self.session.take_twin() {
                 self.twin = Some(Channel::new(twin));
             }
+        }
+    }
+
+    /// Has the client find the end of the stream, and no error: a socket that is closed with something unread in it counts as
+    /// reset at its other end, and QEMU 11.1 dies of an error that it meets when it reads (`vfio_user_recv_hdr` sets it twice).
+    fn part(&self) {
+        let client = self.client.as_fd();
+        // Nothing more can arrive from here on, so this comes to an end.
+        if shutdown(client, Shutdown::Read).is_ok() {
+            let mut rest = [0; 4096];
+            while recv(client, &mut rest, RecvFlags::DONTWAIT).is_ok_and(|(read, _)| read > 0) {}
         }
     }
 

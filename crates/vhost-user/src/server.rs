@@ -149,26 +149,42 @@ impl Server {
         self.run_each(device.name(), || Ok(Arc::clone(&device)), options, end)
     }
 
-    /// As [`Server::run`], with a device for each front-end: `open` makes it when one has come. One that can't be made
-    /// costs the front-end its connection.
+    /// As [`Server::run`], with a device for each front-end: see [`Server::each_with`].
     ///
     /// # Errors
     /// No front-end can be waited for any more.
     pub fn run_each(
         self,
         name: &str,
-        mut open: impl FnMut() -> io::Result<Arc<dyn Device>>,
+        open: impl FnMut() -> io::Result<Arc<dyn Device>>,
         options: Options,
         end: BorrowedFd<'_>,
     ) -> Result<(), ServerError> {
+        let serve = |stream, device| connection(stream, &device, options, end);
+        self.each_with((name, &format!("iommu {}", options.iommu)), open, serve, end)
+    }
+
+    /// Hands `serve` the connection of one front-end after the other and a device for it, until `end` becomes readable.
+    /// `open` makes the device, `name` and what is special about it, when a front-end has come; one that can't be made
+    /// costs the front-end its connection.
+    ///
+    /// # Errors
+    /// No front-end can be waited for any more.
+    pub fn each_with(
+        self,
+        (name, about): (&str, &str),
+        mut open: impl FnMut() -> io::Result<Arc<dyn Device>>,
+        mut serve: impl FnMut(UnixStream, Arc<dyn Device>) -> Ended,
+        end: BorrowedFd<'_>,
+    ) -> Result<(), ServerError> {
         let serve = |stream| match open() {
-            Ok(device) => connection(stream, &device, options, end),
+            Ok(device) => serve(stream, device),
             Err(error) => {
                 tracing::error!("connection closed: no {name} to serve: {error}");
                 Ended::ByFrontend
             }
         };
-        self.each(&format!("{name}, iommu {}", options.iommu), serve, end)
+        self.each(&format!("{name}, {about}"), serve, end)
     }
 
     /// Hands `serve` the connection of one front-end after the other, until `end` becomes readable.

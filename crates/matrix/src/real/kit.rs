@@ -113,15 +113,9 @@ fn qemus(cache: &Cache<'_>, source: QemuSource, arches: &BTreeSet<Arch>) -> BTre
     all.iter().map(|&arch| (arch, part(one(arch)))).collect()
 }
 
-/// The one that was asked for, if it is new enough; else Debian's newest.
 fn with_cards(cache: &Cache<'_>, source: QemuSource) -> Result<(Qemu, String), Error> {
-    const ARCH: Arch = Arch::Amd64;
-    let asked = Qemu::find(cache, source, &[ARCH]).ok().filter(|qemu| qemu.has_device(ARCH, "vfio-user-pci"));
-    let qemu = match asked {
-        Some(qemu) => qemu,
-        None => Qemu::find(cache, QemuSource::Unpacked(Suite::Sid), &[ARCH])?,
-    };
-    let version = qemu.version(ARCH)?;
+    let qemu = Qemu::with_device(cache, source, Arch::Amd64, "vfio-user-pci")?;
+    let version = qemu.version(Arch::Amd64)?;
     Ok((qemu, version))
 }
 

@@ -141,20 +141,20 @@ fn a_server_that_is_killed_is_gone_and_one_that_is_started_again_serves() {
     let connect = || Client::new(UnixStream::connect(&socket).unwrap(), false, None).unwrap();
     let memory = memory();
     let data = buffer(&memory, 0, PAGE as usize);
-    let with_the_disk = |test: &mut dyn FnMut(&mut dyn FnMut(bool))| {
+    let write_or_read = |writes: bool| {
         let client = connect();
         client.map(BusAddr(0), MEMORY as u64, Permission::ReadWrite, Some((file_ref(&memory), 0))).unwrap();
         let mapper = Direct::new(Buffer::new(memory.slice(0, RINGS), Gpa(0)));
         let mut disk = Blk::start(pci(&client).unwrap(), host(&mapper), Options::default()).unwrap();
-        test(&mut |write| match write {
+        match writes {
             true => disk.write(3, &[data]).and_then(|()| disk.flush()).unwrap(),
             false => disk.read(3, &[data]).unwrap(),
-        });
+        }
     };
 
     let (other, _) = Other::start("server", &socket, &image);
     data.memory().write(0, &stamp(1, PAGE as usize));
-    with_the_disk(&mut |ask| ask(true));
+    write_or_read(true);
     let client = connect();
     let mut other = Some(other);
     let error = keep_busy(&client, |_, done| {
@@ -169,7 +169,7 @@ fn a_server_that_is_killed_is_gone_and_one_that_is_started_again_serves() {
 
     let (other, _) = Other::start("server", &socket, &image);
     data.memory().fill(0);
-    with_the_disk(&mut |ask| ask(false));
+    write_or_read(false);
     assert_eq!(bytes(data), stamp(1, PAGE as usize), "what was flushed is there");
     other.kill();
 }

@@ -65,9 +65,20 @@ pub(crate) fn load_modules() -> io::Result<()> {
     fs::write("/proc/sys/vm/nr_hugepages", "1")
 }
 
+/// Whether the kernel's command line has `ringfence.WORD`.
+fn is_told(word: &str) -> bool {
+    let wanted = format!("ringfence.{word}");
+    fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.split_whitespace().any(|found| found == wanted))
+}
+
 /// Whether devices that go past the IOMMU are let.
 pub(crate) fn is_allowed() -> bool {
-    fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.split_whitespace().any(|word| word == "ringfence.allow"))
+    is_told("allow")
+}
+
+/// Whether a device that does not answer is given up soon.
+pub(crate) fn is_hasty() -> bool {
+    is_told("haste")
 }
 
 /// The names of the modern and transitional virtio devices of a type on PCI.
