@@ -153,7 +153,9 @@ impl Lists {
             problem: format!("depends on no kernel; apt-cache said: {}", answer.trim()),
         })?;
         let answer = depends(kernel)?;
-        let parts = ["linux-binary-", "linux-modules-", "linux-base-"].into_iter().flat_map(|prefix| dependencies(&answer, prefix));
+        let parts = ["linux-binary-", "linux-modules-", "linux-base-"]
+            .into_iter()
+            .flat_map(|prefix| dependencies(&answer, prefix));
         Ok([kernel].into_iter().chain(parts).map(str::to_owned).collect())
     }
 
