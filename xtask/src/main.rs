@@ -92,9 +92,9 @@ enum Task {
     /// Whole PCI functions of ours, by vfio-user, in Linux guests of three kernels: what lspci makes of them, and what becomes
     /// of them when they are plugged in, unplugged and killed under load.
     Cards {
-        /// Only the boot that every test run has.
-        #[arg(long)]
-        one: bool,
+        /// Which boots.
+        #[arg(long, value_enum, default_value_t)]
+        which: Which,
     },
     /// virtiofsd behind `ringfence wrap`, and a Linux guest behind intel-iommu that mounts its folder.
     Wrapped,
@@ -180,9 +180,8 @@ fn perform(task: Task) -> Result<bool, String> {
             steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
             steps.step("devices by way of VFIO", |log| vfio::boot(workspace, true, log))
         }),
-        Task::Cards { one } => run(workspace, false, |steps| {
+        Task::Cards { which } => run(workspace, false, |steps| {
             server(steps)?;
-            let which = if one { Which::One } else { Which::All };
             steps.step("whole PCI functions", |log| cards::boot(workspace, which, true, log))
         }),
         Task::Wrapped => run(workspace, false, |steps| {
