@@ -96,8 +96,13 @@ enum Task {
         #[arg(long, value_enum, default_value_t)]
         which: Which,
     },
-    /// virtiofsd behind `ringfence wrap`, and a Linux guest behind intel-iommu that mounts its folder.
-    Wrapped,
+    /// virtiofsd and passt behind `ringfence wrap`, and Linux guests behind an IOMMU that mount its folder and move bytes
+    /// through its card.
+    Wrapped {
+        /// Which back-ends.
+        #[arg(long, value_enum, default_value_t)]
+        which: wrapped::Which,
+    },
     /// The matrix as a page, read in a headless Chromium.
     Report {
         /// Only take a picture of the page with the stored real run, as in docs/report.png.
@@ -184,9 +189,9 @@ fn perform(task: Task) -> Result<bool, String> {
             server(steps)?;
             steps.step("whole PCI functions", |log| cards::boot(workspace, which, true, log))
         }),
-        Task::Wrapped => run(workspace, false, |steps| {
+        Task::Wrapped { which } => run(workspace, false, |steps| {
             server(steps)?;
-            steps.step("wrapped back-ends", |log| wrapped::boot(workspace, true, log))
+            steps.step("wrapped back-ends", |log| wrapped::boot(workspace, which, true, log))
         }),
         Task::Report { picture: None } => {
             run(workspace, false, |steps| steps.step("the report in a browser", |log| report::run(workspace, log)))
@@ -240,7 +245,7 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     steps.step("the report in a browser", |log| report::run(workspace, log))?;
     boots(workspace, steps, guests)?;
     steps.step("whole PCI functions", |log| cards::boot(workspace, Which::One, guests.no_skip(), log))?;
-    steps.step("wrapped back-ends", |log| wrapped::boot(workspace, guests.no_skip(), log))
+    steps.step("wrapped back-ends", |log| wrapped::boot(workspace, wrapped::Which::Folders, guests.no_skip(), log))
 }
 
 fn server(steps: &mut Steps) -> Run {

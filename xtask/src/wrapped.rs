@@ -27,8 +27,19 @@ const PARTING: Duration = Duration::from_secs(10);
 /// Longer than the pool has room for at a time.
 const BYTES: usize = 3 << 20;
 
+/// Which back-ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Which {
+    /// virtiofsd.
+    Folders,
+    /// passt.
+    Card,
+    #[default]
+    All,
+}
+
 /// Boots the guests.
-pub(crate) fn boot(workspace: &Workspace, no_skip: bool, log: &mut Log) -> StepResult {
+pub(crate) fn boot(workspace: &Workspace, which: Which, no_skip: bool, log: &mut Log) -> StepResult {
     let progress = |line: &str| say(&format!("    {line}"));
     let text = |error: Error| error.to_string();
     let cache = Cache::open(&workspace.target.join("guests"), &progress).map_err(text)?;
@@ -54,20 +65,29 @@ pub(crate) fn boot(workspace: &Workspace, no_skip: bool, log: &mut Log) -> StepR
 
     // Two at a time, which is what the smallest machine has processors for.
     let log = &Shared(Mutex::new(log));
-    let (first, second) = thread::scope(|scope| {
-        let first = scope.spawn(|| {
-            let folder = timed("virtiofsd behind intel-iommu", || folder::share(&intel, &virtiofsd, log));
-            folder.and_then(|(folder, ())| Ok((folder, timed("passt", || card::connect(&intel, &passt, log))?)))
-        });
-        let second = timed("virtiofsd behind virtio-iommu", || folder::share(&virtio, &virtiofsd, log));
-        (first.join().expect("a leg does not panic"), second)
+    let share = |machine: &Machine<'_>, iommu: &str| {
+        let wanted = which != Which::Card;
+        wanted
+            .then(|| timed(&format!("virtiofsd behind {iommu}"), || folder::share(machine, &virtiofsd, log)))
+            .transpose()
+    };
+    let connect = || {
+        let wanted = which != Which::Folders;
+        wanted.then(|| timed("passt", || card::connect(&intel, &passt, log))).transpose()
+    };
+    let (first, other) = thread::scope(|scope| {
+        let first = scope.spawn(|| Ok::<_, String>((share(&intel, "intel-iommu")?, connect()?)));
+        let other = share(&virtio, "virtio-iommu");
+        (first.join().expect("a leg does not panic"), other)
     });
-    let ((folder, (card, connected)), (other, ())) = (first?, second?);
-    match connected {
-        card::Connected::Yes => Ok(Pass::Whole([folder, other, card].join("; "))),
-        card::Connected::NoPasst(reason) if no_skip => Err(reason),
-        card::Connected::NoPasst(reason) => Ok(Pass::Skipped(format!("passt: {reason}"))),
+    let ((folder, card), other) = (first?, other?);
+    match &card {
+        Some((_, card::Connected::NoPasst(reason))) if no_skip => return Err(reason.clone()),
+        Some((_, card::Connected::NoPasst(reason))) => return Ok(Pass::Skipped(format!("passt: {reason}"))),
+        Some((_, card::Connected::Yes)) | None => {}
     }
+    let done = folder.into_iter().chain(other).map(|(name, ())| name).chain(card.map(|(name, _)| name));
+    Ok(Pass::Whole(done.collect::<Vec<_>>().join("; ")))
 }
 
 /// What `leg` came to, after its name and its time.
