@@ -10,6 +10,7 @@ mod bit33;
 mod browser;
 mod cards;
 mod confined;
+mod copied;
 mod fuzz;
 mod guest_speed;
 mod guests;

@@ -7,12 +7,13 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use ringfence_guests::{
-    Arch, Backend, Cache, Error, Guest, Image, ImageState, Initramfs, KernelSeries, Qemu, QemuSource, VFIO_MODULES,
+    Arch, Backend, Cache, Error, Guest, Image, Initramfs, KernelSeries, Qemu, QemuSource, VFIO_MODULES,
 };
 use ringfence_policy::IommuMode;
 
 use crate::Workspace;
 use crate::cards::function;
+use crate::copied;
 use crate::old_driver::program;
 use crate::patience::wait;
 use crate::static_program;
@@ -212,27 +213,19 @@ impl Cell {
     /// `card`: what the disk itself told, where it is a process of ours.
     fn judge(&self, console: &str, image: &Image, card: Option<&str>) -> Result<(), String> {
         let guest = Guest::parse(console);
-        let hold = |what: &str, found: Option<&str>, wanted: &str| match found == Some(wanted) {
-            true => Ok(()),
-            false => Err(format!("{what} is {}, not {wanted} {:?}", found.unwrap_or("not told"), guest.errors)),
-        };
         let says = |words: &str| match console.contains(words) {
             true => Ok(()),
             false => Err(format!("the driver does not say \"{words}\"")),
         };
-        hold("end", guest.end.as_deref(), self.end)?;
+        copied::hold("end", guest.end.as_deref(), self.end, &guest.errors)?;
         if self.end != "done" {
             match self.end {
                 "refused" => says("it appears to be behind an IOMMU and does not offer")?,
                 _ => met_faults(card.unwrap_or_default())?,
             }
-            return match image.state().map_err(|error| error.to_string())? {
-                ImageState::Untouched => Ok(()),
-                state => Err(format!("the image was written to: {state:?}")),
-            };
+            return copied::nothing_of(image);
         }
-        hold("SHA-256 of what it read", guest.read.as_deref(), image.initial())?;
-        hold("SHA-256 of what it read back", guest.written.as_deref(), image.expected())?;
+        copied::all_of(&guest, image)?;
         says("RINGFENCE restarted=the queue alone")?;
         if card.is_none() {
             says("RINGFENCE random=64 bytes, which differ")?;
@@ -262,10 +255,7 @@ impl Cell {
                 return Err(format!("nobody told of a fault at {wrong:?}, but {fault:?}"));
             }
         }
-        match image.state().map_err(|error| error.to_string())? {
-            ImageState::Written => Ok(()),
-            state => Err(format!("the image on the host is not what it wrote: {state:?}")),
-        }
+        Ok(())
     }
 }
 

@@ -44,7 +44,11 @@ pub(crate) fn boot(workspace: &Workspace, which: Which, no_skip: bool, log: &mut
     let text = |error: Error| error.to_string();
     let cache = Cache::open(&workspace.target.join("guests"), &progress).map_err(text)?;
     let found = Qemu::find(&cache, QemuSource::Auto, &[Arch::Amd64]);
-    let found = found.and_then(|qemu| Ok((qemu, Virtiofsd::unpacked(&cache)?, Passt::unpacked(&cache)?)));
+    let found = found.and_then(|qemu| {
+        let virtiofsd = (which != Which::Card).then(|| Virtiofsd::unpacked(&cache)).transpose()?;
+        let passt = (which != Which::Folders).then(|| Passt::unpacked(&cache)).transpose()?;
+        Ok((qemu, virtiofsd, passt))
+    });
     let (qemu, virtiofsd, passt) = match found {
         Ok(found) => found,
         Err(error) if error.is_missing_tool() && !no_skip => return Ok(Pass::Skipped(error.to_string())),
@@ -66,14 +70,12 @@ pub(crate) fn boot(workspace: &Workspace, which: Which, no_skip: bool, log: &mut
     // Two at a time, which is what the smallest machine has processors for.
     let log = &Shared(Mutex::new(log));
     let share = |machine: &Machine<'_>, iommu: &str| {
-        let wanted = which != Which::Card;
-        wanted
-            .then(|| timed(&format!("virtiofsd behind {iommu}"), || folder::share(machine, &virtiofsd, log)))
-            .transpose()
+        let share = |virtiofsd| timed(&format!("virtiofsd behind {iommu}"), || folder::share(machine, virtiofsd, log));
+        virtiofsd.as_ref().map(share).transpose()
     };
     let connect = || {
-        let wanted = which != Which::Folders;
-        wanted.then(|| timed("passt", || card::connect(&intel, &passt, log))).transpose()
+        let connect = |passt| timed("passt", || card::connect(&intel, passt, log));
+        passt.as_ref().map(connect).transpose()
     };
     let (first, other) = thread::scope(|scope| {
         let first = scope.spawn(|| Ok::<_, String>((share(&intel, "intel-iommu")?, connect()?)));

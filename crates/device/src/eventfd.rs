@@ -50,7 +50,7 @@ fn close_aside(fd: OwnedFd) {
 }
 
 /// Adds one to an eventfd of our own. One that is full already says what it should.
-pub(crate) fn ring(ours: BorrowedFd<'_>) {
+pub fn ring(ours: BorrowedFd<'_>) {
     let _ = rustix::io::write(ours, &1u64.to_ne_bytes());
 }
 

@@ -797,7 +797,7 @@ impl Slot {
         // Before the first look, so that what is settled after it is noticed.
         let verdicts = visit.verdicts();
         let (mut skip_readable, mut skip_writable) = (u64::from(readable_from), u64::from(writable_from));
-        for descriptor in self.chain.descriptors() {
+        'all: for descriptor in self.chain.descriptors() {
             let (pieces, skip) = match descriptor.access {
                 Access::Read => (&mut self.readable, &mut skip_readable),
                 Access::Write => (&mut self.writable, &mut skip_writable),
@@ -822,15 +822,14 @@ impl Slot {
                     }
                     Err(Stop::Miss(miss)) => {
                         misses += 1;
-                        let first = *missed.get_or_insert(miss);
+                        missed.get_or_insert(miss);
                         if miss.covers == Miss::NOTHING_ASKED {
                             self.lacks = Some(Lack::Unasked);
-                            return Err(Stop::Miss(first));
+                            break 'all;
                         }
                         self.lacks = Some(Lack::Asked(at, descriptor.access, verdicts));
                         if misses == MISSES_AT_ONCE {
-                            visit.wait_for(at, descriptor.access);
-                            return Err(Stop::Miss(first));
+                            break 'all;
                         }
                         offset = offset.saturating_add(miss.covers.max(1));
                     }

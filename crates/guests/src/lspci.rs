@@ -3,17 +3,15 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
-use std::path::PathBuf;
 
 use crate::cache::{Cache, scratch};
 use crate::error::Error;
-use crate::{tool, unpacked};
+use crate::tool;
+use crate::unpacked::Program;
 
 /// An lspci that runs here.
 #[derive(Clone, Debug)]
-pub struct Lspci {
-    root: PathBuf,
-}
+pub struct Lspci(Program);
 
 impl Lspci {
     /// Debian's, unpacked in the cache.
@@ -22,8 +20,7 @@ impl Lspci {
     ///
     /// A download that failed, or a program that does not start here.
     pub fn unpacked(cache: &Cache<'_>) -> Result<Self, Error> {
-        let found = Self { root: cache.pciutils()? };
-        tool::run(unpacked::program(&found.root, "lspci").arg("--version")).map(|_| found)
+        Program::found(cache.pciutils()?, "usr/bin/lspci").map(Self)
     }
 
     /// Everything that it says of the functions in `spaces`: configuration spaces by slot, as in `00:05.0`.
@@ -35,8 +32,8 @@ impl Lspci {
         let folder = scratch()?;
         let path = folder.path().join("spaces");
         fs::write(&path, dump(spaces)).map_err(Error::file("cannot write", &path))?;
-        let mut command = unpacked::program(&self.root, "lspci");
-        command.arg("-F").arg(&path).args(["-vvv", "-nn", "-i"]).arg(self.root.join("usr/share/misc/pci.ids"));
+        let mut command = self.0.command();
+        command.arg("-F").arg(&path).args(["-vvv", "-nn", "-i"]).arg(self.0.root.join("usr/share/misc/pci.ids"));
         tool::run(&mut command)
     }
 }

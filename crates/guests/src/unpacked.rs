@@ -3,11 +3,38 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::error::Error;
+use crate::tool;
+
 /// Where libraries lie below a root folder; in `lib` before Debian 13.
 const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
 
 /// The dynamic loader. The link to it in `lib64` can be absolute, and then means the machine's.
 const LOADER: &str = "ld-linux-x86-64.so.2";
+
+/// A program that is not QEMU's, below the root folder of its packages.
+#[derive(Clone, Debug)]
+pub(crate) struct Program {
+    pub(crate) root: PathBuf,
+    path: &'static str,
+}
+
+impl Program {
+    /// The one at `path` below `root`, which tells its version here.
+    ///
+    /// # Errors
+    ///
+    /// It does not start.
+    pub(crate) fn found(root: PathBuf, path: &'static str) -> Result<Self, Error> {
+        let found = Self { root, path };
+        tool::run(found.command().arg("--version")).map(|_| found)
+    }
+
+    /// The command that starts it.
+    pub(crate) fn command(&self) -> Command {
+        program_at(&self.root, Path::new(self.path))
+    }
+}
 
 /// The command that starts `name` of QEMU's packages below `root`.
 pub(crate) fn program(root: &Path, name: &str) -> Command {
@@ -22,7 +49,7 @@ pub(crate) fn program(root: &Path, name: &str) -> Command {
 /// Where a libc was unpacked too, its own loader starts the program: the
 /// machine's loader with another libc crashes, and so does every child that
 /// inherits `LD_LIBRARY_PATH`.
-pub(crate) fn program_at(root: &Path, path: &Path) -> Command {
+fn program_at(root: &Path, path: &Path) -> Command {
     // A program may be started in another folder.
     let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
     let program = root.join(path);

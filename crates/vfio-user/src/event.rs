@@ -41,9 +41,7 @@ impl Event {
     pub(crate) fn ring(&self) {
         match &self.theirs {
             Some(bell) => bell.lock().unwrap_or_else(PoisonError::into_inner).ring(),
-            None => {
-                let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
-            }
+            None => eventfds::ring(self.as_fd()),
         }
     }
 

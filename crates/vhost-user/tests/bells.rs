@@ -10,17 +10,29 @@ use ringfence_vhost_user::client::{ClientError, Vring};
 use ringfence_vhost_user::wire::FrontendCode;
 use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::io::Errno;
-use served::{BUFFERS, Driver, Frontend, PAGE, RINGS, Served};
+use served::{BUFFERS, Driven, Driver, Frontend, PAGE, RINGS, Served};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-fn serves_the_next(served: &Served) {
+/// Has a front-end come, start its disk, do `what` with it, and leave.
+fn with_disk(served: &Served, what: impl for<'a> FnOnce(&'a Frontend, &mut Driven<'a, Strict<'a>>)) {
     let frontend = Frontend::connect(served);
     let strict = Strict::new(Arc::clone(&frontend.domain), frontend.buffer(RINGS));
     let mut disk = frontend.start(Driver::New, &strict).unwrap();
-    (0..3).for_each(|round| frontend.write_and_read_back(&mut disk, round));
+    what(&frontend, &mut disk);
+}
+
+fn serves_the_next(served: &Served) {
+    with_disk(served, |frontend, disk| (0..3).for_each(|round| frontend.write_and_read_back(disk, round)));
+}
+
+/// Has the queue end, and begin where it was.
+fn restart(disk: &mut Driven<'_, Strict<'_>>) {
+    let transport = disk.device_mut().transport_mut();
+    let base = transport.pause(0).unwrap();
+    transport.resume(0, base).unwrap();
 }
 
 /// Until there is no room for one more; then it blocks whoever adds one.
@@ -42,24 +54,19 @@ fn fill(fd: BorrowedFd<'_>) {
 #[test]
 fn a_call_that_is_full_and_blocks_holds_nobody_up() {
     let served = Served::start(IommuMode::Offer);
-    let frontend = Frontend::connect(&served);
-    let strict = Strict::new(Arc::clone(&frontend.domain), frontend.buffer(RINGS));
-    let mut disk = frontend.start(Driver::New, &strict).unwrap();
-    let buffers = [frontend.buffer((BUFFERS.0, PAGE))];
-    disk.write(0, &buffers).unwrap();
-    fill(disk.device_mut().transport_mut().bells(0).unwrap().1);
-    for sector in 0..20 {
-        disk.submit(Request::Read { sector, into: &buffers }).unwrap();
-        disk.notify().unwrap();
-        while disk.poll().unwrap().is_none() {
-            std::thread::yield_now();
+    with_disk(&served, |frontend, disk| {
+        let buffers = [frontend.buffer((BUFFERS.0, PAGE))];
+        disk.write(0, &buffers).unwrap();
+        fill(disk.device_mut().transport_mut().bells(0).unwrap().1);
+        for sector in 0..20 {
+            disk.submit(Request::Read { sector, into: &buffers }).unwrap();
+            disk.notify().unwrap();
+            while disk.poll().unwrap().is_none() {
+                std::thread::yield_now();
+            }
         }
-    }
-    let transport = disk.device_mut().transport_mut();
-    let base = transport.pause(0).unwrap();
-    transport.resume(0, base).unwrap();
-    drop(disk);
-    drop(frontend);
+        restart(disk);
+    });
     serves_the_next(&served);
 }
 
@@ -67,33 +74,28 @@ fn a_call_that_is_full_and_blocks_holds_nobody_up() {
 #[test]
 fn a_kick_that_blocks_and_that_others_empty_holds_nobody_up() {
     let served = Served::start(IommuMode::Offer);
-    let frontend = Frontend::connect(&served);
-    let strict = Strict::new(Arc::clone(&frontend.domain), frontend.buffer(RINGS));
-    let mut disk = frontend.start(Driver::New, &strict).unwrap();
-    let buffers = [frontend.buffer((BUFFERS.0, PAGE))];
-    let kick = disk.device_mut().transport_mut().bells(0).unwrap().0.try_clone_to_owned().unwrap();
-    fcntl_setfl(&kick, OFlags::empty()).unwrap();
-    let enough = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !enough.load(Ordering::Relaxed) {
-                rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
-                (0..100).for_each(|_| std::hint::spin_loop());
-                eventfd::hush(kick.as_fd());
+    with_disk(&served, |frontend, disk| {
+        let buffers = [frontend.buffer((BUFFERS.0, PAGE))];
+        let kick = disk.device_mut().transport_mut().bells(0).unwrap().0.try_clone_to_owned().unwrap();
+        fcntl_setfl(&kick, OFlags::empty()).unwrap();
+        let enough = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !enough.load(Ordering::Relaxed) {
+                    rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
+                    (0..100).for_each(|_| std::hint::spin_loop());
+                    eventfd::hush(kick.as_fd());
+                }
+            });
+            // A queue that sleeps between two requests is one that reads its kick.
+            for sector in 0..300 {
+                disk.read(sector, &buffers).unwrap();
+                std::thread::sleep(std::time::Duration::from_micros(100));
             }
+            enough.store(true, Ordering::Relaxed);
+            restart(disk);
         });
-        // A queue that sleeps between two requests is one that reads its kick.
-        for sector in 0..300 {
-            disk.read(sector, &buffers).unwrap();
-            std::thread::sleep(std::time::Duration::from_micros(100));
-        }
-        let transport = disk.device_mut().transport_mut();
-        enough.store(true, Ordering::Relaxed);
-        let base = transport.pause(0).unwrap();
-        transport.resume(0, base).unwrap();
     });
-    drop(disk);
-    drop(frontend);
     serves_the_next(&served);
 }
 

@@ -5,8 +5,8 @@ use crate::device::{Shared, tell_hang_up};
 use crate::kind::Kind;
 use crate::link::Incarnation;
 use crate::pool::{Extent, PAGE};
-use crate::seat::{Seat, hush};
-use ringfence_device::{Back, Handler, Outcome, Request, Token, Unreachable};
+use crate::seat::Seat;
+use ringfence_device::{Back, Handler, Outcome, Request, Token, Unreachable, eventfd};
 use ringfence_dma::Access;
 use ringfence_ring::{AddError, Descriptor, Indirect, IndirectTable};
 use ringfence_vhost_user::Limit;
@@ -497,7 +497,7 @@ impl Handler for Bounce {
 
     fn completed(&mut self, back: &mut Vec<Back>) {
         if std::mem::take(&mut self.listening) {
-            hush(&self.seat.bell);
+            eventfd::hush(self.seat.bell.as_fd());
             // Takes the edge of the back-end's call; whatever the answer, the ring tells.
             let mut seen = [const { MaybeUninit::uninit() }; 2];
             let _ = epoll::wait(&self.events, &mut seen, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));

@@ -2,14 +2,14 @@
 
 use crate::bounce::Bounce;
 use crate::link::{self, Announce, Link, LinkError, Profile};
-use crate::seat::{self, Seat};
+use crate::seat::Seat;
 use crate::{OnError, Options};
-use ringfence_device::{Device, Handler};
+use ringfence_device::{Device, Handler, eventfd as eventfds};
 use ringfence_ring::Format;
 use ringfence_vhost_user::client::ClientError;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -98,7 +98,7 @@ impl Wrapped {
 impl Drop for Wrapped {
     fn drop(&mut self) {
         self.shared.end.store(true, Ordering::Release);
-        seat::ring(&self.shared.bell);
+        eventfds::ring(self.shared.bell.as_fd());
         if let Some(stream) = &*lock(&self.shared.dialing) {
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }

@@ -1,8 +1,8 @@
 //! A queue as whoever looks after the connection sees it, while the queue's own thread serves it.
 
 use crate::link::Incarnation;
+use ringfence_device::eventfd as eventfds;
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -57,17 +57,6 @@ impl Seat {
 
     /// Wakes the queue's thread.
     pub(crate) fn ring(&self) {
-        ring(&self.bell);
+        eventfds::ring(self.bell.as_fd());
     }
-}
-
-/// Adds one to an eventfd. One that is full already says what it should.
-pub(crate) fn ring(bell: impl AsFd) {
-    let _ = rustix::io::write(bell, &1u64.to_ne_bytes());
-}
-
-/// Empties an eventfd of our own, which is non-blocking.
-pub(crate) fn hush(bell: impl AsFd) {
-    let mut count = [0; 8];
-    while rustix::io::read(&bell, &mut count) == Err(Errno::INTR) {}
 }

@@ -2,6 +2,7 @@
 
 use super::bounce::Engine;
 use super::{Operation, Started};
+use crate::eventfd::{hush, ring};
 use ringfence_dma::DetachedSlice;
 use rustix::event::{EventfdFlags, eventfd};
 use std::collections::VecDeque;
@@ -113,7 +114,7 @@ impl<C: Carry> Engine for Threads<C> {
             self.shared.ended_count.store(0, Ordering::Relaxed);
             // Under the lock, as its counterpart is: a signal stands exactly while something has ended. It can't fail:
             // there is one.
-            let _ = rustix::io::read(&self.shared.signal, &mut [0; 8]);
+            hush(self.shared.signal.as_fd());
         }
         for (token, result) in self.taken.drain(..) {
             each(token, result);
@@ -171,7 +172,7 @@ impl<C> Shared<C> {
         let mut ended = lock(&self.ended);
         if ended.is_empty() {
             // Can't fail: the counter is 0.
-            let _ = rustix::io::write(&self.signal, &1_u64.to_ne_bytes());
+            ring(self.signal.as_fd());
         }
         ended.push((token, result));
         self.ended_count.store(ended.len(), Ordering::Release);
