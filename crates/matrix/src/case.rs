@@ -97,9 +97,10 @@ impl fmt::Display for Case {
 }
 
 /// Some of the cells: `platform=xen|x86* driver!=old`. Terms are separated by blanks or commas, and all of them hold;
-/// of the names of one term, one. A `*` at a name's end stands for any rest. No term at all: every cell.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Select(Vec<Term>);
+/// of the names of one term, one. A `*` at a name's end stands for any rest. No term at all: every cell. Semicolons
+/// separate selections of which one is enough.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Select(Vec<Vec<Term>>);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Term {
@@ -146,22 +147,40 @@ impl Select {
 
     /// Whether a cell is one of them that is called by these names, any of which may be asked for.
     pub(crate) fn matches_names<'n>(&self, names: impl Fn(Key) -> Vec<&'n str>) -> bool {
-        self.0.iter().all(|term| {
+        let holds = |term: &Term| {
             let called = names(term.key);
             let wanted = |name: &String| called.iter().any(|called| fits(name, called));
             term.names.iter().any(wanted) != term.negated
-        })
+        };
+        self.0.iter().any(|terms| terms.iter().all(holds))
+    }
+
+    /// Those of them that `other` selects too.
+    pub fn and(&self, other: &Select) -> Select {
+        let both =
+            |ours: &Vec<Term>| other.0.iter().map(|theirs| [theirs.as_slice(), ours].concat()).collect::<Vec<_>>();
+        Select(self.0.iter().flat_map(both).collect())
+    }
+}
+
+/// Every cell.
+impl Default for Select {
+    fn default() -> Self {
+        Select(vec![Vec::new()])
     }
 }
 
 /// As it is written.
 impl fmt::Display for Select {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, Term { key, negated, names }) in self.0.iter().enumerate() {
-            let (blank, sign) = (if index > 0 { " " } else { "" }, if *negated { "!=" } else { "=" });
-            write!(f, "{blank}{}{sign}{}", key.name(), names.join("|"))?;
-        }
-        Ok(())
+        let selections = self.0.iter().map(|terms| terms.iter().map(Term::to_string).collect::<Vec<_>>().join(" "));
+        f.write_str(&selections.collect::<Vec<_>>().join("; "))
+    }
+}
+
+impl fmt::Display for Term {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}{}", self.key.name(), if self.negated { "!=" } else { "=" }, self.names.join("|"))
     }
 }
 
@@ -198,8 +217,12 @@ impl FromStr for Select {
     type Err = SelectError;
 
     fn from_str(text: &str) -> Result<Self, SelectError> {
-        let terms = text.split([' ', ',', '\t', '\n']).filter(|term| !term.is_empty());
-        terms.map(str::parse).collect::<Result<_, _>>().map(Select)
+        let selection = |text: &str| {
+            let terms = text.split([' ', ',', '\t', '\n']).filter(|term| !term.is_empty());
+            terms.map(str::parse).collect::<Result<Vec<_>, _>>()
+        };
+        // What ends in a semicolon has no empty selection, which would be everything, after it.
+        text.trim().trim_end_matches(';').split(';').map(selection).collect::<Result<_, _>>().map(Select)
     }
 }
 
@@ -239,6 +262,8 @@ mod tests {
             ("platform=xen platform=x86", 0),
             ("source=embedded", 192),
             ("source=real", 0),
+            ("platform=xen driver=old; platform=xen driver=new", 12),
+            ("platform=xen; platform=xen;", 24),
         ] {
             let select: Select = text.parse().unwrap();
             assert_eq!(Case::all().iter().filter(|case| select.matches(case)).count(), count, "{text}");

@@ -31,7 +31,8 @@ pub(crate) struct Run {
     output: Option<PathBuf>,
     /// Run some of the cells: KEY=NAME or KEY!=NAME with the keys source (embedded or real), platform, driver and
     /// device, names separated by '|', ending in '*' for any rest. A real cell is also called by the names of the cell
-    /// that it stands for. For example 'platform=xen|x86* driver!=old'
+    /// that it stands for. Semicolons separate selections of which one is enough. For example
+    /// 'platform=xen|x86* driver!=old'
     #[arg(long, value_name = "EXPR", default_value = "", hide_default_value = true)]
     only: Select,
     /// Put the real cells of this JSON, which --format json wrote, beside the embedded ones, rather than boot them again
