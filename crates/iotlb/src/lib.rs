@@ -45,6 +45,7 @@ mod questions;
 mod sync;
 mod table;
 mod view;
+mod word;
 
 pub use fence::{Fence, Stuck};
 pub use iotlb::{Ask, Iotlb, Options, Question, Refused, Replies, Statistics, Unasked, Unmapped, Wake};

@@ -5,14 +5,16 @@
 //! a *cluster*. One open-addressing table maps (level, cluster) to what is cached there, so that a lookup costs one
 //! probe for each level in use, which is one where all mappings are 4 KiB pages or all are 16 MiB, however many.
 //!
-//! What a cluster holds is one word: a single granule's translation, a mapping of several granules (a [`Span`]), or a
-//! [`Leaf`] of 64 such words once two mappings meet in one cluster. Dense pages so take a little over 8 bytes each and
-//! scattered ones under 100, and a word changes in one store: a reader sees the old mapping or the new one, never half.
+//! What a cluster holds is one word: a single granule's translation, a mapping of several granules (a [`Span`]), or a leaf
+//! of 64 such words, or of 64 half words, once two mappings meet in one cluster: see `word.rs`. Dense pages so take a little
+//! over 4 bytes each and scattered ones under 100, and a word changes in one store: a reader sees the old mapping or the
+//! new one, never half.
 //!
 //! What is unlinked is not freed but retired: see `Grace` in `iotlb.rs`.
 
 use crate::index::Index;
 use crate::sync::{AtomicPtr, AtomicU32, AtomicU64};
+use crate::word::{ADDRESS, LEAF, Leaf, Meaning, NARROW, NarrowLeaf, Origin, SPAN, Span, WideLeaf, Word};
 use ringfence_dma::Permission;
 use rustix::mm::{Advice, madvise};
 use std::collections::BTreeSet;
@@ -55,6 +57,8 @@ pub(crate) struct Table {
     slots: AtomicPtr<Slots>,
     /// One bit a level that has clusters.
     levels: AtomicU32,
+    /// What the half words of narrow leaves count from.
+    origin: Origin,
 }
 
 /// What the writer knows besides.
@@ -69,7 +73,8 @@ pub(crate) struct Writer {
     /// Slots that have a key, those whose cluster is empty by now included: a key stays until the table is rebuilt.
     claimed: usize,
     mappings: usize,
-    leaves: usize,
+    wide: usize,
+    narrow: usize,
     spans: usize,
     /// Where eviction goes on: a slot.
     hand: usize,
@@ -83,7 +88,8 @@ pub(crate) struct Writer {
 /// Pointers and not boxes, which would claim to be the only ones. Dropping one frees it.
 pub(crate) enum Retired {
     Slots(*mut Slots),
-    Leaf(*mut Leaf),
+    Wide(*mut WideLeaf),
+    Narrow(*mut NarrowLeaf),
     Span(*mut Span),
 }
 
@@ -97,7 +103,8 @@ impl Drop for Retired {
         unsafe {
             match *self {
                 Retired::Slots(slots) => drop(Box::from_raw(slots)),
-                Retired::Leaf(leaf) => drop(Box::from_raw(leaf)),
+                Retired::Wide(leaf) => drop(Box::from_raw(leaf)),
+                Retired::Narrow(leaf) => drop(Box::from_raw(leaf)),
                 Retired::Span(span) => drop(Box::from_raw(span)),
             }
         }
@@ -117,91 +124,6 @@ struct Slot {
     value: AtomicU64,
 }
 
-pub(crate) struct Leaf {
-    words: [AtomicU64; 64],
-    /// Which words are not 0; the writer's alone.
-    used: AtomicU64,
-}
-
-/// A mapping of more than one granule.
-pub(crate) struct Span(Translation);
-
-/// A cluster's or a granule's 64 bits. 0 is nothing; else
-///
-/// | bits 63, 62 | bits 61 to 56 | bits 55 to 0 |
-/// | --- | --- | --- |
-/// | writable, readable | which of the cluster's granules | host address |
-/// | 0 | 1 | address of a [`Span`] |
-/// | 0 | 2 | address of a [`Leaf`], in a cluster's word only |
-/// | 0 | 3 | 0: nothing, in a cluster that is in the index still |
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Word(u64);
-
-enum Meaning<'t> {
-    Nothing,
-    Granule { index: u32, host: u64, permission: Permission },
-    Span(&'t Span),
-    Leaf(&'t Leaf),
-}
-
-const ADDRESS: u64 = (1 << 56) - 1;
-/// Of a key: which cluster of its level.
-const CLUSTER: u64 = (1 << 60) - 1;
-const SPAN: u64 = 1;
-const LEAF: u64 = 2;
-
-impl Word {
-    const NOTHING: Word = Word(0);
-    /// A driver that maps each request comes back to the same clusters over and over: they stay in the index.
-    const VACANT: Word = Word(3 << 56);
-
-    fn granule(index: u32, host: u64, permission: Permission) -> Word {
-        debug_assert!(index < 64 && host <= ADDRESS);
-        let rights = match permission {
-            Permission::ReadOnly => 1,
-            Permission::WriteOnly => 2,
-            Permission::ReadWrite => 3,
-        };
-        Word(rights << 62 | u64::from(index) << 56 | host)
-    }
-
-    fn pointer<T>(kind: u64, to: *mut T) -> Word {
-        let address = to.expose_provenance() as u64;
-        assert!(address <= ADDRESS, "an allocation at {address:#x}, beyond 2^56");
-        Word(kind << 56 | address)
-    }
-
-    fn address(self) -> u64 {
-        self.0 & ADDRESS
-    }
-
-    /// # Safety
-    /// The word was read from the table, by the writer or in the visit that goes on for all of `'t`.
-    #[inline]
-    unsafe fn meaning<'t>(self) -> Meaning<'t> {
-        let index = (self.0 >> 56) as u32 & 63;
-        let permission = match self.0 >> 62 {
-            1 => Permission::ReadOnly,
-            2 => Permission::WriteOnly,
-            3 => Permission::ReadWrite,
-            // SAFETY: made by `Word::pointer` from a box that is freed only after the visits that could see it.
-            _ if self.0 >> 56 == SPAN => return Meaning::Span(unsafe { &*self.span() }),
-            // SAFETY: as above.
-            _ if self.0 >> 56 == LEAF => return Meaning::Leaf(unsafe { &*self.leaf() }),
-            _ => return Meaning::Nothing,
-        };
-        Meaning::Granule { index, host: self.address(), permission }
-    }
-
-    fn span(self) -> *mut Span {
-        std::ptr::with_exposed_provenance_mut(self.address() as usize)
-    }
-
-    fn leaf(self) -> *mut Leaf {
-        std::ptr::with_exposed_provenance_mut(self.address() as usize)
-    }
-}
-
 impl Translation {
     #[inline]
     pub(crate) fn contains(&self, addr: u64) -> bool {
@@ -212,6 +134,9 @@ impl Translation {
         self.first <= last && first <= self.last
     }
 }
+
+/// Of a key: which cluster of its level.
+const CLUSTER: u64 = (1 << 60) - 1;
 
 #[inline]
 fn index(level: u32, addr: u64) -> u32 {
@@ -230,11 +155,11 @@ fn key(level: u32, cluster: u64) -> u64 {
 
 /// A run of granules in one cluster.
 #[derive(Clone, Copy)]
-struct Run {
-    level: u32,
+pub(crate) struct Run {
+    pub(crate) level: u32,
     cluster: u64,
-    index: u32,
-    count: u32,
+    pub(crate) index: u32,
+    pub(crate) count: u32,
 }
 
 impl Run {
@@ -242,12 +167,12 @@ impl Run {
         key(self.level, self.cluster)
     }
 
-    fn mask(self) -> u64 {
+    pub(crate) fn mask(self) -> u64 {
         (u64::MAX >> (64 - self.count)) << self.index
     }
 
     /// A range that is one granule: what nearly all are.
-    fn granule(first: u64, last: u64) -> Option<Run> {
+    pub(crate) fn granule(first: u64, last: u64) -> Option<Run> {
         let mask = last - first;
         let bits = mask.trailing_ones();
         let whole = bits.is_multiple_of(6) && bits <= 60 && mask >> bits == 0 && first & mask == 0;
@@ -327,7 +252,11 @@ impl Slots {
 
 impl Table {
     pub(crate) fn new() -> Table {
-        Table { slots: AtomicPtr::new(Box::into_raw(Slots::new(FEWEST_SLOTS))), levels: AtomicU32::new(0) }
+        Table {
+            slots: AtomicPtr::new(Box::into_raw(Slots::new(FEWEST_SLOTS))),
+            levels: AtomicU32::new(0),
+            origin: Origin::new(),
+        }
     }
 
     /// The mapping of `addr`.
@@ -346,7 +275,7 @@ impl Table {
             // Acquire here and below: what the word points to was written before it.
             let word = Word(slot.value.load(Acquire));
             // SAFETY: from the table, by this function's own contract.
-            if let Some(found) = unsafe { Self::in_cluster(word, level, addr) } {
+            if let Some(found) = unsafe { self.in_cluster(word, level, addr) } {
                 return Some(found);
             }
         }
@@ -356,14 +285,14 @@ impl Table {
     /// # Safety
     /// As for [`Word::meaning`].
     #[inline]
-    unsafe fn in_cluster(word: Word, level: u32, addr: u64) -> Option<Translation> {
+    unsafe fn in_cluster(&self, word: Word, level: u32, addr: u64) -> Option<Translation> {
         // SAFETY: by this function's own contract.
         match unsafe { word.meaning() } {
             Meaning::Nothing => None,
             Meaning::Leaf(leaf) => {
-                let word = Word(leaf.words[index(level, addr) as usize].load(Acquire));
+                let word = leaf.word(index(level, addr), &self.origin);
                 // SAFETY: as above. A leaf holds no leaf: the recursion ends here.
-                unsafe { Self::in_cluster(word, level, addr) }
+                unsafe { self.in_cluster(word, level, addr) }
             }
             Meaning::Granule { index: at, host, permission } => (at == index(level, addr)).then(|| {
                 let first = addr & !granule_mask(level);
@@ -470,12 +399,12 @@ impl Table {
                 let to = if last >> (6 * level) >> 6 > cluster { 63 } else { index(level, last) };
                 let wanted = Run { level, cluster, index: from, count: to - from + 1 }.mask();
                 loop {
-                    let left = leaf.used.load(Relaxed) & wanted;
+                    let left = leaf.used() & wanted;
                     if left == 0 {
                         break;
                     }
                     let at = left.trailing_zeros();
-                    let word = Word(leaf.words[at as usize].load(Relaxed));
+                    let word = leaf.word(at, &self.origin);
                     // SAFETY: as above.
                     match unsafe { word.meaning() } {
                         Meaning::Span(span) => self.remove_span(writer, span, word),
@@ -496,7 +425,7 @@ impl Table {
             self.take(writer, run);
         }
         // Every word that named it is gone, so it is retired once.
-        writer.retire(Retired::Span(word.span()), size_of::<Span>());
+        writer.retire(Retired::Span(word.to()), size_of::<Span>());
     }
 
     /// Empties a run that is known to hold one mapping.
@@ -505,18 +434,12 @@ impl Table {
         let word = Word(slot.value.load(Relaxed));
         // SAFETY: from the table, and the writer is at hand.
         if let Meaning::Leaf(leaf) = unsafe { word.meaning() } {
-            for at in run.index..run.index + run.count {
-                leaf.words[at as usize].store(Word::NOTHING.0, Release);
-            }
-            let used = leaf.used.load(Relaxed) & !run.mask();
-            leaf.used.store(used, Relaxed);
-            if used != 0 {
+            leaf.clear(run);
+            if leaf.used() != 0 {
                 return;
             }
-            writer.leaves -= 1;
             Self::vacate(&self.levels, writer, slot, run.key());
-            // The slot that named it is empty by now, so it is retired once.
-            writer.retire(Retired::Leaf(word.leaf()), size_of::<Leaf>());
+            writer.retire_leaf(word);
         } else {
             Self::vacate(&self.levels, writer, slot, run.key());
         }
@@ -548,7 +471,11 @@ impl Table {
                 self.levels.store(self.levels.load(Relaxed) | 1 << run.level, Release);
                 slot.value.store(word.0, Release);
             }
-            Meaning::Leaf(leaf) => leaf.fill(run, word),
+            Meaning::Leaf(leaf) => {
+                if !leaf.fill(run, word, &self.origin) {
+                    self.widen(writer, slot, there, run, word);
+                }
+            }
             Meaning::Granule { index, .. } => {
                 self.share(writer, slot, Run { index, count: 1, ..run }, there, run, word);
             }
@@ -561,11 +488,34 @@ impl Table {
 
     /// Turns a cluster's single word into a leaf, with a second mapping beside the first.
     fn share(&self, writer: &mut Writer, slot: &Slot, old_run: Run, old: Word, run: Run, word: Word) {
-        let leaf = Box::new(Leaf { words: std::array::from_fn(|_| AtomicU64::new(0)), used: AtomicU64::new(0) });
-        leaf.fill(old_run, old);
-        leaf.fill(run, word);
-        writer.leaves += 1;
-        slot.value.store(Word::pointer(LEAF, Box::into_raw(leaf)).0, Release);
+        self.origin.choose(run.level, old);
+        let narrow = NarrowLeaf::new();
+        let fits = |run, word| Leaf::Narrow(&narrow).fill(run, word, &self.origin);
+        if fits(old_run, old) && fits(run, word) {
+            writer.narrow += 1;
+            slot.value.store(Word::pointer(NARROW, Box::into_raw(narrow)).0, Release);
+        } else {
+            let wide = WideLeaf::new();
+            wide.fill(old_run, old);
+            wide.fill(run, word);
+            writer.wide += 1;
+            slot.value.store(Word::pointer(LEAF, Box::into_raw(wide)).0, Release);
+        }
+    }
+
+    /// Puts a wide leaf into the place of a narrow one, for a mapping besides that does not fit there.
+    fn widen(&self, writer: &mut Writer, slot: &Slot, narrow: Word, run: Run, word: Word) {
+        let wide = WideLeaf::new();
+        // SAFETY: from the table, and the writer is at hand.
+        if let Meaning::Leaf(leaf) = unsafe { narrow.meaning() } {
+            for at in (0..64).filter(|at| leaf.used() >> at & 1 == 1) {
+                wide.fill(Run { index: at, count: 1, ..run }, leaf.word(at, &self.origin));
+            }
+        }
+        wide.fill(run, word);
+        writer.wide += 1;
+        slot.value.store(Word::pointer(LEAF, Box::into_raw(wide)).0, Release);
+        writer.retire_leaf(narrow);
     }
 
     /// The slot of a run's cluster, which gets one if it has none.
@@ -612,22 +562,24 @@ impl Table {
     }
 }
 
-impl Leaf {
-    fn fill(&self, run: Run, word: Word) {
-        for at in run.index..run.index + run.count {
-            self.words[at as usize].store(word.0, Release);
-        }
-        self.used.store(self.used.load(Relaxed) | run.mask(), Relaxed);
-    }
-}
-
 /// So many bytes of retired pieces are freed together: each time costs a fence.
-const RETIRED: usize = 64 * size_of::<Leaf>();
+const RETIRED: usize = 64 * size_of::<WideLeaf>();
 
 impl Writer {
     fn retire(&mut self, piece: Retired, bytes: usize) {
         self.retired.push(piece);
         self.retired_bytes += bytes;
+    }
+
+    /// A leaf that no slot names any more, so that it is retired once.
+    fn retire_leaf(&mut self, word: Word) {
+        if word.is_narrow() {
+            self.narrow -= 1;
+            self.retire(Retired::Narrow(word.to()), size_of::<NarrowLeaf>());
+        } else {
+            self.wide -= 1;
+            self.retire(Retired::Wide(word.to()), size_of::<WideLeaf>());
+        }
     }
 
     pub(crate) fn is_worth_collecting(&self) -> bool {
@@ -647,7 +599,8 @@ impl Writer {
     pub(crate) fn bytes(&self) -> usize {
         // Of the slots, between a sixth and a half have keys; the index is a vector, and may have room for as much again.
         self.live * (6 * size_of::<Slot>() + 2 * size_of::<u64>())
-            + self.leaves * size_of::<Leaf>()
+            + self.wide * size_of::<WideLeaf>()
+            + self.narrow * size_of::<NarrowLeaf>()
             + self.spans * size_of::<Span>()
     }
 }
@@ -664,17 +617,18 @@ impl Drop for Table {
             match word.0 >> 56 {
                 SPAN => _ = spans.insert(word.address()),
                 LEAF => {
-                    // SAFETY: made by `Box::into_raw` in `put`, in no other slot.
-                    let leaf = unsafe { Box::from_raw(word.leaf()) };
-                    let words = leaf.words.iter().map(|word| Word(word.load(Relaxed)));
-                    spans.extend(words.filter(|word| word.0 >> 56 == SPAN).map(Word::address));
+                    // SAFETY: made by `Box::into_raw`, and in no other slot.
+                    let leaf = unsafe { Box::from_raw(word.to::<WideLeaf>()) };
+                    spans.extend(leaf.words().filter(|word| word.0 >> 56 == SPAN).map(Word::address));
                 }
+                // SAFETY: as above. Spans don't fit in.
+                NARROW => drop(unsafe { Box::from_raw(word.to::<NarrowLeaf>()) }),
                 _ => {}
             }
         }
         for span in spans {
             // SAFETY: made by `Box::into_raw` in `insert`, and here once for the set.
-            drop(unsafe { Box::from_raw(Word(span).span()) });
+            drop(unsafe { Box::from_raw(Word(span).to::<Span>()) });
         }
     }
 }
