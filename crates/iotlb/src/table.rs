@@ -27,7 +27,8 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 const LEVELS: usize = 11;
 /// The key of a slot that never had one: no cluster has level 15.
 const EMPTY: u64 = u64::MAX;
-/// A model checker pays for each atomic.
+/// How many slots share a cache line and are looked at together. A model checker pays for each atomic.
+const WAYS: usize = if cfg!(loom) { 1 } else { 4 };
 const FEWEST_SLOTS: usize = if cfg!(loom) { 4 } else { 64 };
 
 /// A mapping as a lookup finds it.
@@ -112,17 +113,30 @@ impl Drop for Retired {
 }
 
 pub(crate) struct Slots {
-    slots: Box<[Slot]>,
+    lines: Box<[Line]>,
     /// Odd and random, so that no guest can choose addresses that collide.
     multiplier: u64,
     shift: u32,
 }
 
-struct Slot {
-    /// Set once, after the first value, and never changed: a reader that found its key needs no second look.
-    key: AtomicU64,
-    value: AtomicU64,
+/// Slots side by side: which of them has a key is found without a branch that the processor could foresee wrongly, only to
+/// learn it when the line has come from memory.
+#[repr(align(64))]
+struct Line {
+    /// Each set once, after the first value, and never changed: a reader that found its key needs no second look.
+    keys: [AtomicU64; WAYS],
+    values: [AtomicU64; WAYS],
 }
+
+/// One of a line's.
+#[derive(Clone, Copy)]
+struct Slot<'s> {
+    key: &'s AtomicU64,
+    value: &'s AtomicU64,
+}
+
+/// How many bytes a slot takes.
+const SLOT: usize = size_of::<Line>() / WAYS;
 
 impl Translation {
     #[inline]
@@ -226,27 +240,57 @@ fn ask_for_huge_pages<T>(memory: &mut [MaybeUninit<T>]) {
 
 impl Slots {
     fn new(len: usize) -> Box<Slots> {
-        let mut slots = Vec::with_capacity(len);
-        ask_for_huge_pages(slots.spare_capacity_mut());
-        slots.extend((0..len).map(|_| Slot { key: AtomicU64::new(EMPTY), value: AtomicU64::new(0) }));
-        let slots = slots.into_boxed_slice();
-        Box::new(Slots { slots, multiplier: multiplier(len), shift: 64 - len.ilog2() })
+        let len = len / WAYS;
+        let mut lines = Vec::with_capacity(len);
+        ask_for_huge_pages(lines.spare_capacity_mut());
+        lines.extend((0..len).map(|_| Line {
+            keys: std::array::from_fn(|_| AtomicU64::new(EMPTY)),
+            values: std::array::from_fn(|_| AtomicU64::new(0)),
+        }));
+        Box::new(Slots { lines: lines.into_boxed_slice(), multiplier: multiplier(len), shift: 64 - len.ilog2() })
+    }
+
+    fn len(&self) -> usize {
+        self.lines.len() * WAYS
+    }
+
+    fn slot(&self, at: usize) -> Slot<'_> {
+        self.lines[at / WAYS].slot(at % WAYS)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = Slot<'_>> {
+        (0..self.len()).map(|at| self.slot(at))
     }
 
     /// The slot of `key`, else the empty one where it would go. Ends because at most half of the slots have keys.
     #[inline]
-    fn find(&self, key: u64) -> Result<&Slot, &Slot> {
-        let mask = self.slots.len() - 1;
+    fn find(&self, key: u64) -> Result<Slot<'_>, Slot<'_>> {
+        let mask = self.lines.len() - 1;
         let mut at = (key.wrapping_mul(self.multiplier) >> self.shift) as usize;
         loop {
-            let slot = &self.slots[at & mask];
+            let line = &self.lines[at & mask];
             // Acquire: the value was stored before the key.
-            match slot.key.load(Acquire) {
-                found if found == key => return Ok(slot),
-                EMPTY => return Err(slot),
-                _ => at += 1,
+            let keys: [u64; WAYS] = std::array::from_fn(|way| line.keys[way].load(Acquire));
+            // Bits, and not branches, one of which would be wrong every other time.
+            let which = |wanted| (0..WAYS).fold(0u32, |bits, way| bits | u32::from(keys[way] == wanted) << way);
+            let found = which(key);
+            if found != 0 {
+                return Ok(line.slot(found.trailing_zeros() as usize));
             }
+            // A line is filled from its front, and goes on in the next when it is full.
+            let empty = which(EMPTY);
+            if empty != 0 {
+                return Err(line.slot(empty.trailing_zeros() as usize));
+            }
+            at += 1;
         }
+    }
+}
+
+impl Line {
+    #[inline]
+    fn slot(&self, way: usize) -> Slot<'_> {
+        Slot { key: &self.keys[way], value: &self.values[way] }
     }
 }
 
@@ -359,12 +403,12 @@ impl Table {
     /// round.
     pub(crate) fn evict(&self, writer: &mut Writer, enough: impl Fn(&Writer) -> bool) -> usize {
         let before = writer.mappings;
-        let slots = &self.slots().slots;
+        let slots = self.slots();
         for _ in 0..slots.len() {
             if enough(writer) {
                 break;
             }
-            let slot = &slots[writer.hand & (slots.len() - 1)];
+            let slot = slots.slot(writer.hand & (slots.len() - 1));
             writer.hand = writer.hand.wrapping_add(1);
             let key = slot.key.load(Relaxed);
             if key != EMPTY {
@@ -445,7 +489,7 @@ impl Table {
         }
     }
 
-    fn vacate(levels: &AtomicU32, writer: &mut Writer, slot: &Slot, key: u64) {
+    fn vacate(levels: &AtomicU32, writer: &mut Writer, slot: Slot<'_>, key: u64) {
         slot.value.store(Word::VACANT.0, Release);
         writer.live -= 1;
         let level = (key >> 60) as usize;
@@ -487,7 +531,7 @@ impl Table {
     }
 
     /// Turns a cluster's single word into a leaf, with a second mapping beside the first.
-    fn share(&self, writer: &mut Writer, slot: &Slot, old_run: Run, old: Word, run: Run, word: Word) {
+    fn share(&self, writer: &mut Writer, slot: Slot<'_>, old_run: Run, old: Word, run: Run, word: Word) {
         self.origin.choose(run.level, old);
         let narrow = NarrowLeaf::new();
         let fits = |run, word| Leaf::Narrow(&narrow).fill(run, word, &self.origin);
@@ -504,7 +548,7 @@ impl Table {
     }
 
     /// Puts a wide leaf into the place of a narrow one, for a mapping besides that does not fit there.
-    fn widen(&self, writer: &mut Writer, slot: &Slot, narrow: Word, run: Run, word: Word) {
+    fn widen(&self, writer: &mut Writer, slot: Slot<'_>, narrow: Word, run: Run, word: Word) {
         let wide = WideLeaf::new();
         // SAFETY: from the table, and the writer is at hand.
         if let Meaning::Leaf(leaf) = unsafe { narrow.meaning() } {
@@ -519,11 +563,11 @@ impl Table {
     }
 
     /// The slot of a run's cluster, which gets one if it has none.
-    fn claim(&self, writer: &mut Writer, run: Run) -> &Slot {
+    fn claim(&self, writer: &mut Writer, run: Run) -> Slot<'_> {
         if let Ok(slot) = self.slots().find(run.key()) {
             return slot;
         }
-        if (writer.claimed + 1) * 2 > self.slots().slots.len() {
+        if (writer.claimed + 1) * 2 > self.slots().len() {
             self.rebuild(writer);
         }
         writer.claimed += 1;
@@ -537,7 +581,7 @@ impl Table {
         let old = self.slots();
         let new = Slots::new((writer.live * 3).next_power_of_two().max(FEWEST_SLOTS));
         writer.index = Index::default();
-        for slot in &old.slots {
+        for slot in old.iter() {
             let value = slot.value.load(Relaxed);
             if ![Word::NOTHING, Word::VACANT].contains(&Word(value)) {
                 let key = slot.key.load(Relaxed);
@@ -548,7 +592,7 @@ impl Table {
             }
         }
         writer.claimed = writer.live;
-        let bytes = old.slots.len() * size_of::<Slot>();
+        let bytes = old.len() * SLOT;
         // Release: the copies above are there for whoever loads the pointer.
         let old = self.slots.swap(Box::into_raw(new), Release);
         // Unlinked by the line above, so it is retired once.
@@ -598,7 +642,7 @@ impl Writer {
     /// How much memory the table takes, at most and but for what is about to be freed.
     pub(crate) fn bytes(&self) -> usize {
         // Of the slots, between a sixth and a half have keys; the index is a vector, and may have room for as much again.
-        self.live * (6 * size_of::<Slot>() + 2 * size_of::<u64>())
+        self.live * (6 * SLOT + 2 * size_of::<u64>())
             + self.wide * size_of::<WideLeaf>()
             + self.narrow * size_of::<NarrowLeaf>()
             + self.spans * size_of::<Span>()
@@ -612,7 +656,7 @@ impl Drop for Table {
         // SAFETY: from `Box::into_raw`, and unlinked for good.
         let slots = unsafe { Box::from_raw(self.slots.load(Acquire)) };
         let mut spans = BTreeSet::new();
-        for slot in &slots.slots {
+        for slot in slots.iter() {
             let word = Word(slot.value.load(Relaxed));
             match word.0 >> 56 {
                 SPAN => _ = spans.insert(word.address()),
