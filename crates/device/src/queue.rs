@@ -171,11 +171,18 @@ impl<M: Memory> Queue<M> {
     /// # Errors
     /// As [`Queue::turn`].
     pub fn listen(&mut self) -> Result<bool, Broken> {
-        let completed = self.requests.under_way > 0 && self.handler.listen();
+        let completed = self.listen_to_device();
         let visit = self.memory.visit();
         let waits = &mut self.requests.ring_waits;
         let available = self.ring.open(&visit).enable_notifications();
         available.or_else(|stop| wait_or_break(stop, waits).map(|()| false)).map(|available| available || completed)
+    }
+
+    /// Asks the device alone, if it has something, or has no room for something. `true`: it has completed some already.
+    pub fn listen_to_device(&mut self) -> bool {
+        let requests = &mut self.requests;
+        requests.listening = requests.under_way > 0 || requests.full;
+        requests.listening && self.handler.listen()
     }
 
     /// Tells the driver that it need not say so.
@@ -239,8 +246,9 @@ impl<M: Memory> Queue<M> {
     /// Whether the device still has something, after [`Queue::cancel`]. What it lets go of is not looked at: the queue
     /// that goes on from here starts it anew.
     pub fn is_under_way(&mut self) -> bool {
-        let Requests { slots, back, under_way, .. } = &mut self.requests;
+        let Requests { slots, back, under_way, listening, .. } = &mut self.requests;
         let known = back.len();
+        *listening = false;
         self.handler.submit();
         self.handler.completed(back);
         for back in &back[known..] {
@@ -250,9 +258,10 @@ impl<M: Memory> Queue<M> {
         *under_way > 0
     }
 
-    /// Becomes readable when a request under way is done.
+    /// Becomes readable when the device has done something that it was asked to tell of since it was last looked at.
+    /// `None`: it was asked nothing, and what its descriptor says is of what it had before.
     pub fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.handler.completion_fd()
+        if self.requests.listening { self.handler.completion_fd() } else { None }
     }
 
     /// Puts what is done on the used ring, without taking anything new; `true` if the driver wants to be told.
@@ -348,6 +357,8 @@ struct Requests {
     look: Look,
     /// The device has no room for the oldest chain that is ready: none that came later is offered to it.
     full: bool,
+    /// The device was asked to say when it has done something, and was not looked at since.
+    listening: bool,
     /// None overtakes another.
     in_order: bool,
     under_way: usize,
@@ -481,6 +492,7 @@ impl Requests {
             ring_waits: false,
             look: Look::Not,
             full: false,
+            listening: false,
             in_order: false,
             under_way: 0,
             // After those that were restored.
@@ -490,7 +502,7 @@ impl Requests {
 
     /// Takes over what the device has done; `true` if there was something.
     fn collect<V: Visit>(&mut self, server: &mut Server<'_, V>) -> bool {
-        if self.under_way == 0 && self.back.is_empty() {
+        if !std::mem::take(&mut self.listening) && self.under_way == 0 && self.back.is_empty() {
             return false;
         }
         let known = self.back.len();

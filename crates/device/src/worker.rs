@@ -316,7 +316,10 @@ fn give_up<M: Memory>(queue: &mut Queue<M>) -> bool {
 }
 
 /// Until something completes, or for so long.
-fn wait<M: Memory>(queue: &Queue<M>, at_most: Timespec) {
+fn wait<M: Memory>(queue: &mut Queue<M>, at_most: Timespec) {
+    if queue.listen_to_device() {
+        return;
+    }
     let completion = queue.completion_fd().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
     // A handler without a descriptor completes by itself: look again soon.
     let timeout = if completion.is_some() { at_most } else { LOOKING_NAP };

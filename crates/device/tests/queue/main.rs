@@ -2,4 +2,5 @@
 
 mod faults;
 mod order;
+mod sleep;
 mod world;
