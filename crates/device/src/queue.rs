@@ -752,14 +752,21 @@ impl Slot {
     /// Takes a chain whose descriptors are all known to the device, or brings it back there.
     #[inline]
     fn proceed<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token, place: Place) -> Served {
-        let (readable_from, writable_from) = match self.stage {
+        let (readable_from, mut writable_from) = match self.stage {
             Stage::New => (0, 0),
             Stage::Back { readable_from, writable_from } => (readable_from, writable_from),
             Stage::UnderWay => unreachable!("the device has token {token}"),
         };
         match self.translate(server.visit, readable_from, writable_from) {
             Ok(()) => {}
-            Err(Stop::Miss(miss)) => return self.wait(miss),
+            Err(Stop::Miss(miss)) => {
+                let is_seen = self.stage != Stage::New || self.chain.readable_len() > 0;
+                if is_seen || !server.handler.starts_unseen() {
+                    return self.wait(miss);
+                }
+                self.writable.clear();
+                writable_from = self.chain.writable_len();
+            }
             Err(Stop::Fault(fault)) => return self.fail(server, token, fault),
         }
         if place == Place::Behind {

@@ -3,4 +3,5 @@
 mod faults;
 mod order;
 mod sleep;
+mod unseen;
 mod world;
