@@ -210,15 +210,17 @@ impl<M: Memory> Queue<M> {
         self.requests.under_way
     }
 
-    /// Brings requests under way closer to their end without taking new ones; `true` when none is left. Those that come
-    /// back and lack a translation wait, for a queue that goes on from here.
+    /// Brings requests under way closer to their end without taking new ones; `true` when the device has none left. Those
+    /// that come back and lack a translation wait, for a queue that goes on from here: whoever waits for this to end may be
+    /// who would bring it.
     pub fn drain(&mut self) -> bool {
         let Self { memory, handler, report, requests, .. } = self;
         let visit = memory.visit();
-        requests.collect(&mut Server { visit: &visit, handler: &mut **handler, report: &mut **report });
+        let worked = requests.collect(&mut Server { visit: &visit, handler: &mut **handler, report: &mut **report });
         drop(visit);
         handler.submit();
-        requests.under_way == 0 && requests.back.is_empty()
+        // Of requests in order those behind one that waits have not moved either.
+        requests.under_way == 0 && (requests.back.is_empty() || !worked)
     }
 
     /// Takes back what the device has not begun, before the queue is drained.

@@ -10,12 +10,17 @@ use std::sync::{Arc, Mutex};
 /// Fills what it was given once something has arrived.
 #[derive(Clone, Default)]
 struct Filling {
+    in_order: bool,
     posted: Arc<Mutex<Vec<Token>>>,
     arrived: Arc<Mutex<bool>>,
     faults: Arc<Mutex<usize>>,
 }
 
 impl Handler for Filling {
+    fn is_in_order(&self) -> bool {
+        self.in_order
+    }
+
     fn starts_unseen(&self) -> bool {
         true
     }
@@ -52,7 +57,7 @@ impl Report for Filling {
 /// What becomes of one of 32 bytes that are missing when it is posted, and then are so.
 fn check(access: Access, then: Page) -> (Filling, Option<u32>) {
     let world = World::new();
-    let filling = Filling::default();
+    let filling = Filling { in_order: true, ..Filling::default() };
     let at = Position::start(Rules::default().format);
     let mut driver = world.driver();
     let mut queue = world.queue(Box::new(filling.clone()), Box::new(filling.clone()), Stopped::at(at), at);
@@ -85,4 +90,28 @@ fn what_is_only_written_to_is_posted_before_it_is_known_where_it_is() {
     let (filling, used) = check(Access::Write, Page::Forbidden);
     assert_eq!((used, *filling.faults.lock().unwrap()), (Some(0), 1));
     check(Access::Read, Page::Here);
+}
+
+/// Whoever stops the queue may be who would have brought what is missing.
+#[test]
+fn a_queue_that_stops_waits_for_no_translation() {
+    for in_order in [false, true] {
+        let world = World::new();
+        let filling = Filling { in_order, ..Filling::default() };
+        let at = Position::start(Rules::default().format);
+        let mut driver = world.driver();
+        let mut queue = world.queue(Box::new(filling.clone()), Box::new(filling.clone()), Stopped::at(at), at);
+        world.set(REST, Page::Missing);
+        for number in 0..3 {
+            let addr = BusAddr((REST * PAGE + number * 64) as u64);
+            driver.add(&[Descriptor { addr, len: 32, access: Access::Write }], None).unwrap();
+        }
+        driver.publish();
+        queue.turn(Look::Thorough).unwrap();
+        assert!(!queue.drain(), "the device has them");
+        *filling.arrived.lock().unwrap() = true;
+        assert!(queue.drain(), "the device has done all that it can, in order {in_order}");
+        let (stopped, _leftover) = queue.stop();
+        assert!(stopped.is_unfinished());
+    }
 }
