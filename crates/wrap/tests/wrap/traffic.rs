@@ -282,7 +282,10 @@ fn exchange(how: How, packets: u64) {
         }
         if !some && sent > back {
             let waited = match random.below(8) {
-                0 => Ok(std::thread::yield_now()),
+                0 => {
+                    std::thread::yield_now();
+                    Ok(())
+                }
                 1 if !lent.is_empty() => net.wait_sent(),
                 _ => net.wait(),
             };
@@ -326,7 +329,7 @@ fn nobody_sleeps_for_good() {
                 .into_iter()
                 .enumerate()
                 {
-                    let poll = Duration::from_micros(if (seed + number as u64) % 2 == 0 { 20 } else { 0 });
+                    let poll = Duration::from_micros(if (seed + number as u64).is_multiple_of(2) { 20 } else { 0 });
                     exchange(How { without, format, poll, seed: seed * 7 + number as u64 }, 400);
                 }
                 if until.is_none_or(|until| Instant::now() >= until) {
