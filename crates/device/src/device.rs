@@ -100,7 +100,14 @@ pub trait Handler: Send {
         false
     }
 
-    /// Starts a request whose every byte can be reached. Must not wait for anything.
+    /// Whether requests without a byte to read start as soon as they come: it is looked for where their bytes are, and
+    /// nobody waits for that before [`Back`] names them. For buffers that are posted and filled later: one that is not
+    /// there yet when something arrives is of no use.
+    fn starts_unseen(&self) -> bool {
+        false
+    }
+
+    /// Starts a request whose every byte can be reached, see [`Handler::starts_unseen`]. Must not wait for anything.
     fn start(&mut self, token: Token, request: &Request<'_>) -> Outcome;
 
     /// A request of which some byte can't be reached; returns how many bytes of its writable part were written.

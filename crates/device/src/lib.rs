@@ -7,6 +7,7 @@
 
 mod bell;
 mod device;
+mod latest;
 mod request;
 
 pub mod blk;

@@ -171,11 +171,18 @@ impl<M: Memory> Queue<M> {
     /// # Errors
     /// As [`Queue::turn`].
     pub fn listen(&mut self) -> Result<bool, Broken> {
-        let completed = self.requests.under_way > 0 && self.handler.listen();
+        let completed = self.listen_to_device();
         let visit = self.memory.visit();
         let waits = &mut self.requests.ring_waits;
         let available = self.ring.open(&visit).enable_notifications();
         available.or_else(|stop| wait_or_break(stop, waits).map(|()| false)).map(|available| available || completed)
+    }
+
+    /// Asks the device alone, if it has something, or has no room for something. `true`: it has completed some already.
+    pub fn listen_to_device(&mut self) -> bool {
+        let requests = &mut self.requests;
+        requests.listening = requests.under_way > 0 || requests.full;
+        requests.listening && self.handler.listen()
     }
 
     /// Tells the driver that it need not say so.
@@ -203,15 +210,17 @@ impl<M: Memory> Queue<M> {
         self.requests.under_way
     }
 
-    /// Brings requests under way closer to their end without taking new ones; `true` when none is left. Those that come
-    /// back and lack a translation wait, for a queue that goes on from here.
+    /// Brings requests under way closer to their end without taking new ones; `true` when the device has none left. Those
+    /// that come back and lack a translation wait, for a queue that goes on from here: whoever waits for this to end may be
+    /// who would bring it.
     pub fn drain(&mut self) -> bool {
         let Self { memory, handler, report, requests, .. } = self;
         let visit = memory.visit();
-        requests.collect(&mut Server { visit: &visit, handler: &mut **handler, report: &mut **report });
+        let worked = requests.collect(&mut Server { visit: &visit, handler: &mut **handler, report: &mut **report });
         drop(visit);
         handler.submit();
-        requests.under_way == 0 && requests.back.is_empty()
+        // Of requests in order those behind one that waits have not moved either.
+        requests.under_way == 0 && (requests.back.is_empty() || !worked)
     }
 
     /// Takes back what the device has not begun, before the queue is drained.
@@ -239,8 +248,9 @@ impl<M: Memory> Queue<M> {
     /// Whether the device still has something, after [`Queue::cancel`]. What it lets go of is not looked at: the queue
     /// that goes on from here starts it anew.
     pub fn is_under_way(&mut self) -> bool {
-        let Requests { slots, back, under_way, .. } = &mut self.requests;
+        let Requests { slots, back, under_way, listening, .. } = &mut self.requests;
         let known = back.len();
+        *listening = false;
         self.handler.submit();
         self.handler.completed(back);
         for back in &back[known..] {
@@ -250,9 +260,10 @@ impl<M: Memory> Queue<M> {
         *under_way > 0
     }
 
-    /// Becomes readable when a request under way is done.
+    /// Becomes readable when the device has done something that it was asked to tell of since it was last looked at.
+    /// `None`: it was asked nothing, and what its descriptor says is of what it had before.
     pub fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.handler.completion_fd()
+        if self.requests.listening { self.handler.completion_fd() } else { None }
     }
 
     /// Puts what is done on the used ring, without taking anything new; `true` if the driver wants to be told.
@@ -348,6 +359,8 @@ struct Requests {
     look: Look,
     /// The device has no room for the oldest chain that is ready: none that came later is offered to it.
     full: bool,
+    /// The device was asked to say when it has done something, and was not looked at since.
+    listening: bool,
     /// None overtakes another.
     in_order: bool,
     under_way: usize,
@@ -481,6 +494,7 @@ impl Requests {
             ring_waits: false,
             look: Look::Not,
             full: false,
+            listening: false,
             in_order: false,
             under_way: 0,
             // After those that were restored.
@@ -490,7 +504,7 @@ impl Requests {
 
     /// Takes over what the device has done; `true` if there was something.
     fn collect<V: Visit>(&mut self, server: &mut Server<'_, V>) -> bool {
-        if self.under_way == 0 && self.back.is_empty() {
+        if !std::mem::take(&mut self.listening) && self.under_way == 0 && self.back.is_empty() {
             return false;
         }
         let known = self.back.len();
@@ -740,14 +754,21 @@ impl Slot {
     /// Takes a chain whose descriptors are all known to the device, or brings it back there.
     #[inline]
     fn proceed<V: Visit>(&mut self, server: &mut Server<'_, V>, token: Token, place: Place) -> Served {
-        let (readable_from, writable_from) = match self.stage {
+        let (readable_from, mut writable_from) = match self.stage {
             Stage::New => (0, 0),
             Stage::Back { readable_from, writable_from } => (readable_from, writable_from),
             Stage::UnderWay => unreachable!("the device has token {token}"),
         };
         match self.translate(server.visit, readable_from, writable_from) {
             Ok(()) => {}
-            Err(Stop::Miss(miss)) => return self.wait(miss),
+            Err(Stop::Miss(miss)) => {
+                let is_seen = self.stage != Stage::New || self.chain.readable_len() > 0;
+                if is_seen || !server.handler.starts_unseen() {
+                    return self.wait(miss);
+                }
+                self.writable.clear();
+                writable_from = self.chain.writable_len();
+            }
             Err(Stop::Fault(fault)) => return self.fail(server, token, fault),
         }
         if place == Place::Behind {

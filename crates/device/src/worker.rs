@@ -3,6 +3,7 @@
 
 use crate::Bell;
 use crate::eventfd::{hush, ring};
+use crate::latest::Latest;
 use crate::queue::{Broken, Look, Queue, Stopped};
 use ringfence_dma::Memory;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -57,9 +58,8 @@ pub struct Control {
     end: Mutex<Option<End>>,
     /// Readable once the thread touches no memory any more.
     ended: OwnedFd,
-    /// What the thread is to ring from now on, once `call_changed` says that there is something new.
-    call: Mutex<Option<OwnedFd>>,
-    call_changed: AtomicBool,
+    /// What the thread is to ring from now on.
+    call: Latest<Option<OwnedFd>>,
 }
 
 /// What a queue's thread is given besides the queue.
@@ -104,8 +104,7 @@ impl Control {
             patience: AtomicU64::new(u64::MAX),
             end: Mutex::new(None),
             ended: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
-            call: Mutex::new(call),
-            call_changed: AtomicBool::new(true),
+            call: Latest::new(call),
         }))
     }
 
@@ -117,19 +116,16 @@ impl Control {
 
     /// From now on the driver is told by `call`; `None`: it looks by itself.
     pub fn set_call(&self, call: Option<OwnedFd>) {
-        *self.call.lock().unwrap_or_else(PoisonError::into_inner) = call;
-        self.call_changed.store(true, Ordering::Release);
+        self.call.tell(call);
         // What was used since the last one may have been told to nobody; the thread rings the new one.
         self.rouse();
     }
 
     /// Has `call` be what the driver is told by now; whether it is another.
     fn renew(&self, call: &mut Option<Bell>) -> bool {
-        let changed = self.call_changed.load(Ordering::Relaxed) && self.call_changed.swap(false, Ordering::Acquire);
-        if changed {
-            *call = self.call.lock().unwrap_or_else(PoisonError::into_inner).take().map(Bell::new);
-        }
-        changed
+        let Some(new) = self.call.take() else { return false };
+        *call = new.map(Bell::new);
+        true
     }
 
     /// Storage is waited for no longer than this: who knows that it hangs need not wait for it again.
@@ -320,7 +316,10 @@ fn give_up<M: Memory>(queue: &mut Queue<M>) -> bool {
 }
 
 /// Until something completes, or for so long.
-fn wait<M: Memory>(queue: &Queue<M>, at_most: Timespec) {
+fn wait<M: Memory>(queue: &mut Queue<M>, at_most: Timespec) {
+    if queue.listen_to_device() {
+        return;
+    }
     let completion = queue.completion_fd().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
     // A handler without a descriptor completes by itself: look again soon.
     let timeout = if completion.is_some() { at_most } else { LOOKING_NAP };
@@ -410,7 +409,7 @@ fn nap<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Res
     control.sleeping.store(true, Ordering::Relaxed);
     // Orders `sleeping` before the look at the flags; see `Control::rouse`.
     fence(Ordering::SeqCst);
-    if [&control.stop, &control.news, &control.call_changed].iter().all(|flag| !flag.load(Ordering::Relaxed)) {
+    if [&control.stop, &control.news].iter().all(|flag| !flag.load(Ordering::Relaxed)) && !control.call.is_new() {
         let timeout = match (queue.is_waiting(), &bells.kick) {
             (_, None) => Some(&LOOKING_NAP),
             (true, _) => Some(&WAITING_NAP),

@@ -2,7 +2,7 @@
 
 use crate::Bytes;
 use crate::frontend::{drain, send};
-use crate::plain::Told;
+use crate::plain::{self, Told};
 use ringfence_device::Device;
 use ringfence_device::blk::{self, Blk};
 use ringfence_device::storage::Memory;
@@ -10,15 +10,16 @@ use ringfence_policy::IommuMode;
 use ringfence_ring::Format;
 use ringfence_vhost_user::channel::{Channel, Received};
 use ringfence_vhost_user::server::{self, Keep, Server};
-use ringfence_vhost_user::wire::{Frame, FrontendCode, Header, Kind as What, NeedReply, Reply, Request};
+use ringfence_vhost_user::wire::{
+    Frame, FrontendCode, Header, Kind as What, NeedReply, ProtocolFeatures, Reply, Request,
+};
 use ringfence_wrap::{Kind, MIN_POOL, OnError, Options, Wrapped};
 use rustix::event::{PollFd, PollFlags, poll};
-use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -78,11 +79,33 @@ impl Drop for Honest {
 }
 
 /// A back-end that answers as it should and does to its memory what bytes say.
+///
+/// It acts in the thread of whoever asks it to, and what it answers it says before it is asked: an input that had a thread
+/// wait for the other's each message would be mostly waiting.
 pub(crate) struct BackEnd {
     socket: PathBuf,
-    told: Arc<Mutex<Told>>,
-    thread: Option<JoinHandle<()>>,
+    told: Told,
+    /// Its connection, once somebody has come.
+    channel: Option<Channel>,
+    door: Option<JoinHandle<Option<Channel>>>,
     _folder: tempfile::TempDir,
+}
+
+/// As much of the configuration space as anybody asks for.
+const CONFIG: usize = 256;
+
+/// All that it is asked, in this order: a front-end that gets no acknowledgements waits for nothing else.
+fn answers(offered: u64) -> Vec<u8> {
+    let features = ProtocolFeatures::MQ | ProtocolFeatures::CONFIG;
+    let config = Reply::Config { offset: 0, flags: 0, data: vec![1; CONFIG] };
+    let answers = [
+        (FrontendCode::GetFeatures, Reply::U64(plain::BASE | offered)),
+        (FrontendCode::GetProtocolFeatures, Reply::U64(features.bits())),
+        (FrontendCode::GetQueueNum, Reply::U64(1)),
+        (FrontendCode::GetConfig, config),
+        (FrontendCode::GetVringBase, Reply::VringBase { index: 0, base: 0 }),
+    ];
+    answers.iter().flat_map(|(code, answer)| answer.encode(code.number()).bytes).collect()
 }
 
 impl BackEnd {
@@ -92,27 +115,37 @@ impl BackEnd {
         let socket = folder.path().join("back-end");
         let listener = UnixListener::bind(&socket).expect("a path of our own");
         let rings = u64::from(choice & 7) << 28 & 0x3000_0000 | u64::from(choice >> 2 & 1) << 34;
-        let told = Arc::new(Mutex::new(Told::new(rings, [1; 64])));
-        let thread = std::thread::spawn({
-            let told = Arc::clone(&told);
-            move || {
-                let Ok((stream, _)) = listener.accept() else { return };
-                drop(listener);
-                answer_all(Channel::new(stream.into()), |request| {
-                    told.lock().unwrap_or_else(PoisonError::into_inner).hear(request)
-                });
-            }
+        let answers = answers(rings);
+        let door = std::thread::spawn(move || {
+            let channel = Channel::new(listener.accept().ok()?.0.into());
+            // One that came for nothing has left.
+            let _ = channel.send(&Frame { bytes: answers, fds: Vec::new() });
+            Some(channel)
         });
-        Self { socket, told, thread: Some(thread), _folder: folder }
+        let told = Told::new(rings, [1; 64]);
+        Self { socket, told, channel: None, door: Some(door), _folder: folder }
     }
 
     pub(crate) fn socket(&self) -> &Path {
         &self.socket
     }
 
+    /// Takes in what it has been told. Somebody has come.
+    fn hear(&mut self) {
+        if let Some(door) = self.door.take() {
+            self.channel = door.join().expect("the door is simple");
+        }
+        let Some(channel) = &mut self.channel else { return };
+        while let Ok(Received::Message(message)) = channel.receive() {
+            let Ok(request) = Request::parse(&message.header, &message.body, message.fds) else { return };
+            self.told.hear(request);
+        }
+    }
+
     /// Does something with its memory and its descriptors.
-    pub(crate) fn act(&self, bytes: &mut Bytes<'_>) {
-        let told = &mut *self.told.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn act(&mut self, bytes: &mut Bytes<'_>) {
+        self.hear();
+        let told = &mut self.told;
         let (Some(region), Some(ring)) = (told.memory.iter().next(), &told.ring) else { return };
         let all = region.slice();
         let at = |addr: u64| addr.checked_sub(region.frontend_va().0).map(|at| at as usize);
@@ -168,34 +201,11 @@ impl BackEnd {
 
 impl Drop for BackEnd {
     fn drop(&mut self) {
-        // One that nobody came to is come to now; who did come has left.
-        let _ = UnixStream::connect(&self.socket).map(|stream| stream.shutdown(Shutdown::Both));
-        let ended = self.thread.take().expect("joined here alone").join();
-        assert!(ended.is_ok() || std::thread::panicking(), "the hostile back-end panicked");
-    }
-}
-
-/// Answers one message after the other until the front-end leaves.
-fn answer_all(mut channel: Channel, mut hear: impl FnMut(Request) -> Option<Reply>) {
-    loop {
-        if !channel.holds_message() {
-            let _ = poll(&mut [PollFd::new(&channel, PollFlags::IN)], None);
-        }
-        loop {
-            match channel.receive() {
-                Ok(Received::Message(message)) => {
-                    let Ok(request) = Request::parse(&message.header, &message.body, message.fds) else { return };
-                    let wanted = message.header.need_reply == NeedReply::Yes;
-                    let reply = hear(request).or(wanted.then_some(Reply::U64(0)));
-                    if let Some(reply) = reply
-                        && channel.send(&reply.encode(message.header.request)).is_err()
-                    {
-                        return;
-                    }
-                }
-                Ok(Received::Nothing) => break,
-                Ok(Received::End) | Err(_) => return,
-            }
+        if let Some(door) = self.door.take() {
+            // One that nobody came to is come to now.
+            let _ = UnixStream::connect(&self.socket);
+            let ended = door.join();
+            assert!(ended.is_ok() || std::thread::panicking(), "the hostile back-end panicked");
         }
     }
 }

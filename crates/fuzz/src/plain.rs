@@ -5,7 +5,7 @@ use ringfence_vhost_user::wire::{ProtocolFeatures, Reply, Request, VringAddr};
 use std::os::fd::OwnedFd;
 
 /// VERSION_1, and that there are protocol features.
-const BASE: u64 = 1 << 32 | 1 << 30;
+pub(crate) const BASE: u64 = 1 << 32 | 1 << 30;
 
 /// What a back-end was told of its memory and its queue.
 pub(crate) struct Told {

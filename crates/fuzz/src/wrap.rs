@@ -95,7 +95,7 @@ fn bytes_next(memory: &Flat) -> u16 {
 /// lent for writing, and its ring is one that keeps to the rules.
 pub(crate) fn hostile_back_end(data: &[u8]) {
     let bytes = &mut Bytes::new(data);
-    let back_end = BackEnd::start(bytes.u8());
+    let mut back_end = BackEnd::start(bytes.u8());
     let Ok(device) = Wrapped::open(options(back_end.socket(), bytes.u8())) else { return };
     let device = Arc::new(device);
     let memory = Flat::new();

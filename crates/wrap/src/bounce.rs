@@ -40,6 +40,10 @@ pub(crate) struct Bounce {
     broken: bool,
     /// The back-end has stopped this ring.
     at_rest: bool,
+    /// It stands in line for room in a pool.
+    in_line: bool,
+    /// And was sent away without, since it last looked whether it still wants some.
+    sent_away: bool,
     /// By token.
     requests: Box<[Sent]>,
     /// By what the ring calls them.
@@ -201,6 +205,8 @@ impl Bounce {
             added: false,
             broken: false,
             at_rest: false,
+            in_line: false,
+            sent_away: false,
             requests: (0..depth).map(|_| sent()).collect(),
             by_ring: vec![0; usize::from(seat.size)].into(),
             order: VecDeque::with_capacity(depth.into()),
@@ -260,7 +266,10 @@ impl Bounce {
         if self.broken || usize::from(at.ring.free()) < entries {
             return Placing::NoRoom;
         }
-        let Some((extent, next)) = pool.take(self.seat.index, layout.pages()) else { return Placing::NoRoom };
+        let Some((extent, next)) = pool.take(self.seat.index, layout.pages()) else {
+            (self.in_line, self.sent_away) = (true, true);
+            return Placing::NoRoom;
+        };
         self.shared.wake(next);
         let start = extent.offset();
         *place = Some(extent);
@@ -282,6 +291,11 @@ impl Bounce {
             Ok(on_ring) => {
                 by_ring[on_ring.index()] = token;
                 self.added = true;
+                if *which == Which::Standing {
+                    // Before the driver hears of those whose place it takes: it may answer at once, and there are back-ends
+                    // that drop what they have to say then if there is no buffer for it.
+                    at.ring.publish();
+                }
                 Placing::Placed
             }
             Err(error) => {
@@ -442,6 +456,18 @@ impl Bounce {
         }
     }
 
+    /// Whoever stands in line and wants no room any more, as for a request whose memory has gone since, would keep all those
+    /// behind him waiting for as long as he asks for none.
+    #[cold]
+    fn leave_line(&mut self) {
+        self.in_line = false;
+        if let Some(at) = &self.at {
+            for which in [Which::Requests, Which::Standing] {
+                self.shared.wake(at.link.arena.pool(which, self.seat.index).leave(self.seat.index));
+            }
+        }
+    }
+
     /// How many requests the back-end has, waited for or not.
     fn unended(&self) -> usize {
         self.requests.iter().filter(|sent| matches!(sent.state, State::Sent | State::GivenUp)).count()
@@ -451,6 +477,10 @@ impl Bounce {
 impl Handler for Bounce {
     fn is_in_order(&self) -> bool {
         self.kind.is_in_order()
+    }
+
+    fn starts_unseen(&self) -> bool {
+        self.kind.has_standing()
     }
 
     fn start(&mut self, token: Token, request: &Request<'_>) -> Outcome {
@@ -487,6 +517,9 @@ impl Handler for Bounce {
     }
 
     fn submit(&mut self) {
+        if self.in_line && !std::mem::take(&mut self.sent_away) {
+            self.leave_line();
+        }
         if std::mem::take(&mut self.added)
             && let Some(at) = &mut self.at
             && at.ring.needs_kick()
@@ -630,12 +663,8 @@ fn deliver(
 
 impl Drop for Bounce {
     fn drop(&mut self) {
+        self.leave_line();
         let current = self.at.as_ref().map(|at| &at.link);
-        if let Some(link) = current {
-            for which in [Which::Requests, Which::Standing] {
-                self.shared.wake(link.arena.pool(which, self.seat.index).leave(self.seat.index));
-            }
-        }
         let left = if self.at_rest && self.unended() == 0 { None } else { current };
         self.shared.leave(&self.seat, left, self.unended());
     }

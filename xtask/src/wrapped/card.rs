@@ -1,10 +1,16 @@
 //! A network card whose other end is passt: what it sends to the gateway reaches this machine's own address.
+//!
+//! passt's TCP has patience for a few seconds, which is less than a busy machine may take: a connection that it resets is made
+//! anew. And of a connection whose peer has closed its half it forgets the rest, without a word to the guest, where it finds
+//! the card's receive queue empty (`tcp_vu_data_from_sock` of 2025_05_03 takes that for the end of the stream, and has no
+//! buffer left to say so): so nobody here closes before the guest has all that it came for.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
-use std::{io, thread};
+use std::{io, mem, thread};
 
 use ringfence_guests::{Backend, Passt};
 
@@ -20,9 +26,6 @@ const DEVICE: &[&str] = &[
     "virtio-net-pci,netdev=net,disable-legacy=on,iommu_platform=on,romfile=",
 ];
 
-/// How long a connection that the guest has made may stand still.
-const STILL: Duration = Duration::from_secs(60);
-
 /// Whether there was anything to connect to.
 pub(super) enum Connected {
     Yes,
@@ -35,9 +38,16 @@ pub(super) fn connect(machine: &Machine<'_>, passt: &Passt, log: &Shared<'_>) ->
     let folder = tempfile::tempdir().map_err(|error| format!("cannot create a folder: {error}"))?;
     let at = |name: &str| folder.path().join(name);
     let content = content();
-    let peer = Peer::listen(content.clone()).map_err(|error| format!("cannot listen: {error}"))?;
+    let failed = |error| format!("cannot listen: {error}");
+    let giver = Peer::give(content.clone()).map_err(failed)?;
+    let taken = Arc::<Mutex<Vec<u8>>>::default();
+    let taker = Peer::take(Arc::clone(&taken)).map_err(failed)?;
     let initramfs = at("initramfs");
-    let rest = SCRIPT.replace("$GATEWAY", &GATEWAY.to_string()).replace("$PORT", &peer.address.port().to_string());
+    let rest = SCRIPT
+        .replace("$GATEWAY", &GATEWAY.to_string())
+        .replace("$GIVER", &giver.address.port().to_string())
+        .replace("$TAKER", &taker.address.port().to_string())
+        .replace("$BYTES", &BYTES.to_string());
     machine.write_guest(&script(NETWORK, &rest), "virtio_net", &initramfs)?;
 
     let plain = at("plain");
@@ -47,49 +57,73 @@ pub(super) fn connect(machine: &Machine<'_>, passt: &Passt, log: &Shared<'_>) ->
     };
     machine.is_refused(&initramfs, DEVICE, &plain, log)?;
     let said = machine.run_wrapped("net", &initramfs, DEVICE, &back_end, log)?;
+    // With it end the connections that it had.
+    drop(back_end);
+    giver.end()?;
+    taker.end()?;
     says(&said, "end", "done")?;
     says(&said, "address", &GUEST.to_string())?;
     says(&said, "fetched", &digest(&content))?;
     let (first, second) = content.split_at(BYTES / 2);
-    match peer.end()? == [second, first].concat() {
+    match mem::take(&mut *taken.lock().unwrap_or_else(PoisonError::into_inner)) == [second, first].concat() {
         true => Ok(Connected::Yes),
         false => Err("what the guest sent is not what arrived".to_owned()),
     }
 }
 
-/// A program of this machine: gives all it has to the first who comes, and takes all that the second has.
+/// A program of this machine that serves who connects, one after the other.
 struct Peer {
     address: SocketAddr,
-    thread: JoinHandle<io::Result<Vec<u8>>>,
+    ended: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
 }
 
 impl Peer {
-    fn listen(content: Vec<u8>) -> io::Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let address = listener.local_addr()?;
-        let thread = thread::spawn(move || {
-            let next = || -> io::Result<TcpStream> {
-                let stream = listener.accept()?.0;
-                stream.set_read_timeout(Some(STILL))?;
-                stream.set_write_timeout(Some(STILL))?;
-                Ok(stream)
-            };
-            let mut first = next()?;
-            first.write_all(&content)?;
-            first.shutdown(Shutdown::Write)?;
-            let mut taken = Vec::new();
-            next()?.take(2 * BYTES as u64).read_to_end(&mut taken)?;
-            Ok(taken)
-        });
-        Ok(Self { address, thread })
+    /// Gives all of `content` to each.
+    fn give(content: Vec<u8>) -> io::Result<Self> {
+        Self::listen(move |mut stream| {
+            stream.write_all(&content)?;
+            io::copy(&mut stream, &mut io::sink()).map(drop)
+        })
     }
 
-    /// What it was given, once the guest is over.
-    fn end(self) -> Result<Vec<u8>, String> {
-        // Whoever it still waits for comes now.
-        let _ = [0, 1].map(|_| TcpStream::connect(self.address));
-        let taken = self.thread.join().map_err(|_| "the guest's peer panicked".to_owned())?;
-        taken.map_err(|error| format!("the guest's peer: {error}"))
+    /// Takes what each has, and answers how much that was. Who has it all leaves it in `taken`.
+    fn take(taken: Arc<Mutex<Vec<u8>>>) -> io::Result<Self> {
+        Self::listen(move |mut stream| {
+            let mut bytes = Vec::new();
+            (&stream).take(2 * BYTES as u64).read_to_end(&mut bytes)?;
+            let count = bytes.len();
+            if count == BYTES {
+                *taken.lock().unwrap_or_else(PoisonError::into_inner) = bytes;
+            }
+            writeln!(stream, "{count}")?;
+            stream.shutdown(Shutdown::Write)
+        })
+    }
+
+    fn listen(mut serve: impl FnMut(TcpStream) -> io::Result<()> + Send + 'static) -> io::Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let address = listener.local_addr()?;
+        let ended = Arc::<AtomicBool>::default();
+        let thread = thread::spawn({
+            let ended = Arc::clone(&ended);
+            move || {
+                while let Ok((stream, _)) = listener.accept()
+                    && !ended.load(Ordering::Relaxed)
+                {
+                    // A connection that did not last is the guest's to make anew.
+                    let _ = serve(stream);
+                }
+            }
+        });
+        Ok(Self { address, ended, thread })
+    }
+
+    /// Ends it, once nobody is connected.
+    fn end(self) -> Result<(), String> {
+        self.ended.store(true, Ordering::Relaxed);
+        let _ = TcpStream::connect(self.address);
+        self.thread.join().map_err(|_| "the guest's peer panicked".to_owned())
     }
 }
 
@@ -105,10 +139,22 @@ END
 chmod +x /run/dhcp
 udhcpc -i eth0 -n -q -t 20 -T 1 -s /run/dhcp || finish failed
 tell address "$(ip -4 -o addr show dev eth0 | sed 's/.*inet \([0-9.]*\).*/\1/')"
-nc $GATEWAY $PORT </dev/null >/run/fetched || finish failed
+# Something to read from that has no end.
+mkfifo /run/never /run/pipe
+sleep 1000 >/run/never &
+fetch() {
+    nc $GATEWAY $GIVER </run/never >/run/pipe &
+    head -c $BYTES </run/pipe >/run/fetched
+    kill $!
+    wait $!
+    [ "$(stat -c %s /run/fetched)" = $BYTES ]
+}
+tries() { for try in 1 2 3 4 5; do "$@" && return; done; finish failed; }
+tries fetch
 tell fetched "$(digest /run/fetched)"
-half=$(($(stat -c %s /run/fetched) / 2 / 4096))
+half=$(($BYTES / 2 / 4096))
 { dd if=/run/fetched bs=4096 skip=$half; dd if=/run/fetched bs=4096 count=$half; } 2>/dev/null >/run/sent
-nc $GATEWAY $PORT </run/sent || finish failed
+send() { [ "$(nc $GATEWAY $TAKER </run/sent)" = $BYTES ]; }
+tries send
 finish done
 "#;

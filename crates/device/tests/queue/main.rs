@@ -2,4 +2,6 @@
 
 mod faults;
 mod order;
+mod sleep;
+mod unseen;
 mod world;

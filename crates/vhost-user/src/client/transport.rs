@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
-use virtio_spec::F;
+use virtio_spec::{F, Id};
 
 /// The vendor of QEMU's and most other virtual devices. vhost-user itself does not say who makes one.
 const VENDOR: u32 = 0x1af4;
@@ -232,7 +232,9 @@ impl Transport for FrontendTransport {
     }
 
     fn max_queue_size(&mut self, queue: u16) -> Result<u16, TransportError> {
-        let queues = self.frontend.queues()?.unwrap_or(1);
+        // Of a network card pairs are counted.
+        let each = if self.attachment.device == u32::from(u8::from(Id::Net)) { 2 } else { 1 };
+        let queues = self.frontend.queues()?.unwrap_or(1).saturating_mul(each);
         Ok(if u64::from(queue) < queues.min(256) { self.attachment.queue_size } else { 0 })
     }
 

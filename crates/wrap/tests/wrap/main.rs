@@ -9,6 +9,10 @@ mod pool;
 mod scripted;
 #[path = "../../../vhost-user/tests/served/mod.rs"]
 mod served;
+mod traffic;
+#[path = "../../../device/tests/queue/world.rs"]
+#[allow(dead_code)] // Each test folder uses a part of it.
+mod world;
 
 use ringfence_device::Device;
 use ringfence_iommu::Strict;
@@ -38,12 +42,17 @@ pub(crate) fn options(backend: &Path) -> Options {
 
 /// `ringfence wrap`, without its command line.
 pub(crate) fn wrap(options: Options) -> Served {
+    wrap_looking(options, Duration::from_micros(20))
+}
+
+/// The same, whose queues look for more to do for so long before they sleep.
+pub(crate) fn wrap_looking(options: Options, poll: Duration) -> Served {
     let first = Wrapped::open(options.clone()).unwrap();
     let how = server::Options {
         iommu: IommuMode::Offer,
         keep: Keep::Auto,
         queue_size: options.queue_size,
-        poll: Duration::from_micros(20),
+        poll,
         io_timeout: Duration::from_secs(2),
     };
     Served::run(move |server, end| {
