@@ -1,7 +1,7 @@
 //! A user-space driver of ours as the init of a Linux guest: QEMU's own virtio devices by way of VFIO, behind
 //! intel-iommu and behind virtio-iommu; and a disk that is a process of ours, as a card is (vfio-user).
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use crate::Workspace;
 use crate::cards::function;
 use crate::copied;
 use crate::old_driver::program;
-use crate::patience::wait;
+use crate::pc::Pc;
 use crate::static_program;
 use crate::steps::{Log, Pass, StepResult, say};
 
@@ -165,43 +165,20 @@ impl Cell {
         let at = |path: &Path| format!("{}: ", path.display());
         fs::write(&initramfs, archive.bytes()).map_err(|error| at(&initramfs) + &error.to_string())?;
         let image = Image::create(&disk, 13).map_err(text)?;
-        let file = File::create(&console).map_err(|error| at(&console) + &error.to_string())?;
         let Self { iommu, arguments, .. } = self;
         let card = match self.devices {
             Devices::Qemus(_) => None,
             Devices::Card(mode) => Some(card(kit, mode, &image, folder.path()).map_err(text)?),
         };
         let qemu = if card.is_some() { &kit.with_cards } else { &kit.qemu };
-        let mut command = qemu.command(Arch::Amd64);
-        command
-            .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-accel", "tcg"])
-            .args(["-object", "memory-backend-memfd,id=memory,size=256M,share=on", "-m", "256M"])
-            .args(["-machine", "q35,kernel-irqchip=split,memory-backend=memory", "-cpu", "max", "-device", iommu]);
+        let mut pc = Pc::with_shared_memory(qemu, 256);
+        pc.option("-cpu", "max").device(iommu);
         match (&card, &self.devices) {
-            (Some(card), _) => {
-                command.args(["-device", &function("disk", "3", card.socket())]);
-            }
+            (Some(card), _) => pc.device(function("disk", "3", card.socket())),
             (None, Devices::Card(_)) => unreachable!("it was started above"),
-            (None, Devices::Qemus(options)) => {
-                command
-                    .args(["-blockdev", &format!("driver=file,node-name=disk,filename={}", disk.display())])
-                    .args(["-device", &format!("virtio-blk-pci,drive=disk,{options}")])
-                    .args(["-device", &format!("virtio-rng-pci,{options}")])
-                    .args(["-netdev", "user,id=net,restrict=on"])
-                    .args(["-device", &format!("virtio-net-pci,netdev=net,{options}")]);
-            }
-        }
-        command
-            .arg("-kernel")
-            .arg(&kernel.image)
-            .arg("-initrd")
-            .arg(&initramfs)
-            .args(["-append", &format!("console=ttyS0 panic=-1 loglevel=5 no_timer_check {arguments}")])
-            .stderr(file.try_clone().map_err(|error| error.to_string())?)
-            .stdout(file);
-        let ended = wait(&mut command)?;
-        let console = fs::read(&console).map_err(|error| error.to_string())?;
-        let console = String::from_utf8_lossy(&console);
+            (None, Devices::Qemus(options)) => pc.disk("pci", &disk, options).source_and_card("pci", options),
+        };
+        let (ended, console) = pc.linux(&kernel, &initramfs, arguments).run(&console)?;
         let card = card.map(|card| {
             card.logs(PARTING, |line| line.contains("connection ended"));
             card.log()
