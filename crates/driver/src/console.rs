@@ -71,11 +71,13 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Console<'a, T, M> {
         size.map(Some)
     }
 
-    /// Offers room for input. The console sees it after [`notify`](Self::notify).
+    /// Offers room for input. It is cleared: a console that says that it wrote more than it did passes nothing of yours off as
+    /// input. The console sees it after [`notify`](Self::notify).
     ///
     /// # Errors
     /// Any [`LoanError`] but [`LoanError::Short`]; nothing was lent then.
     pub fn offer(&mut self, buffer: Buffer<'a>) -> Result<LoanId, LoanError<T::Error>> {
+        buffer.memory().fill(0);
         self.lender.queues[RECEIVING].lend(&[], &[buffer], Access::Write)
     }
 

@@ -106,7 +106,8 @@ impl<F: FnMut(Waiting, u32) -> bool> Wait for F {
     }
 }
 
-/// Waits by looking again, so many times. For firmware, and for the first steps of a kernel.
+/// Waits by looking again, so many times: for a reset, where each look is an access to a register and so takes as long as a
+/// thousand instructions, 256 times fewer. For firmware, and for the first steps of a kernel.
 #[derive(Clone, Copy, Debug)]
 pub struct Spin(pub u32);
 
@@ -118,9 +119,13 @@ impl Default for Spin {
 }
 
 impl Wait for Spin {
-    fn wait(&mut self, _: Waiting, waited: u32) -> bool {
+    fn wait(&mut self, purpose: Waiting, waited: u32) -> bool {
         core::hint::spin_loop();
-        waited < self.0
+        waited
+            < match purpose {
+                Waiting::Queue(_) => self.0,
+                Waiting::Reset | Waiting::QueueReset(_) => self.0 / 256,
+            }
     }
 }
 

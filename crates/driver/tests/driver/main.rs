@@ -7,6 +7,7 @@ mod mmio;
 mod model;
 mod pci;
 mod peer;
+mod queues;
 mod start;
 mod tasks;
 mod viommu;

@@ -4,6 +4,7 @@ use core::cell::UnsafeCell;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU8, Ordering};
 
+use ringfence_bare_metal::memory;
 use ringfence_bare_metal::pci::{self, Place};
 use ringfence_dma::{Buffer, Gpa, HostSlice, RegisterWindow};
 use ringfence_driver::Spin;
@@ -136,13 +137,13 @@ impl Function for Device {
     }
 
     fn map(&mut self, bar: Bar, offset: u64, len: usize) -> Option<RegisterWindow<'static>> {
-        let start = bar.address.checked_add(offset)?;
-        if bar.address == 0 || start.checked_add(len as u64)? > MAPPED {
+        let (first, end) = (bar.address + offset, bar.address + offset + len as u64);
+        // The function may say anything of its BARs.
+        if end > MAPPED || memory::ram().any(|range| first <= *range.end() && *range.start() < end) {
             return None;
         }
-        let start = NonNull::new(start as *mut u8)?;
-        // SAFETY: a BAR that the firmware has given an address, which `entry.s` maps to itself; `offset` and `len` are
-        // within it.
+        let start = NonNull::new(first as *mut u8)?;
+        // SAFETY: `entry.s` maps it to itself, and it is no memory.
         Some(unsafe { RegisterWindow::new(start, len) })
     }
 }
