@@ -127,7 +127,9 @@ impl Cell {
             pc.device("virtio-iommu-pci");
         }
         let Self { devices, command_line, .. } = self;
-        pc.disk(bus, image.path(), devices).source_and_card(bus, devices).kernel(&program(workspace, NAME), command_line);
+        pc.disk(bus, image.path(), devices)
+            .source_and_card(bus, devices)
+            .kernel(&program(workspace, NAME), command_line);
         let (ended, console) = pc.run(&folder.path().join("console"))?;
         log.line(format_args!("{}\n{console}", self.name));
         self.judge(&console, &image).map_err(|reason| format!("{reason}; QEMU {ended}"))

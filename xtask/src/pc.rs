@@ -16,9 +16,12 @@ impl Pc {
     /// A machine of that kind with so many MiB. Its first serial port is the console.
     pub(crate) fn new(qemu: &Qemu, machine: &str, mib: u32) -> Self {
         let mut command = qemu.command(Arch::Amd64);
-        command
-            .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-accel", "tcg"])
-            .args(["-machine", machine, "-m", &format!("{mib}M")]);
+        command.args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-accel", "tcg"]).args([
+            "-machine",
+            machine,
+            "-m",
+            &format!("{mib}M"),
+        ]);
         Self(command)
     }
 

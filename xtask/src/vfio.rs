@@ -31,6 +31,8 @@ struct Cell {
     modules: &'static [&'static str],
     arguments: &'static str,
     devices: Devices,
+    /// Whether there is a slow disk besides, whose queues are reset while it has requests.
+    slow: bool,
     end: &'static str,
     /// Whether the disk's driver took the flag.
     flag: bool,
@@ -55,6 +57,7 @@ const INTEL: Cell = Cell {
     modules: &[],
     arguments: "intel_iommu=on",
     devices: CONFINED,
+    slow: true,
     end: "done",
     flag: true,
 };
@@ -65,24 +68,26 @@ const VIRTIO: Cell = Cell {
     kernel: KernelSeries::V6_12,
     modules: &["virtio_iommu"],
     arguments: "",
+    slow: false,
     ..INTEL
 };
 
 const CELLS: &[Cell] = &[
     INTEL,
     Cell { name: "intel-iommu, packed", devices: PACKED, ..INTEL },
-    Cell { name: "intel-iommu, unflagged", devices: UNFLAGGED, end: "refused", flag: false, ..INTEL },
+    Cell { name: "intel-iommu, unflagged", devices: UNFLAGGED, slow: false, end: "refused", flag: false, ..INTEL },
     Cell {
         name: "intel-iommu, allowed",
         devices: UNFLAGGED,
+        slow: false,
         arguments: "intel_iommu=on ringfence.allow",
         flag: false,
         ..INTEL
     },
     VIRTIO,
     Cell { name: "virtio-iommu, packed", devices: PACKED, ..VIRTIO },
-    Cell { name: "a card", devices: Devices::Card(IommuMode::Offer), ..INTEL },
-    Cell { name: "a card, unflagged", devices: Devices::Card(IommuMode::Off), end: "refused", flag: false, ..INTEL },
+    CARD,
+    Cell { name: "a card, unflagged", devices: Devices::Card(IommuMode::Off), end: "refused", flag: false, ..CARD },
     // What it is told is where memory is by itself, and nothing is granted there.
     Cell {
         name: "a card, allowed",
@@ -90,9 +95,14 @@ const CELLS: &[Cell] = &[
         arguments: "intel_iommu=on ringfence.allow ringfence.haste",
         end: "failed",
         flag: false,
-        ..INTEL
+        ..CARD
     },
 ];
+
+const CARD: Cell = Cell { name: "a card", devices: Devices::Card(IommuMode::Offer), slow: false, ..INTEL };
+
+/// It answers each request after a second.
+const SLOW: &str = "driver=null-co,node-name=slow,size=16M,read-zeroes=on,latency-ns=1000000000";
 
 /// How long a card's last line is waited for.
 const PARTING: Duration = Duration::from_secs(10);
@@ -178,6 +188,9 @@ impl Cell {
             (None, Devices::Card(_)) => unreachable!("it was started above"),
             (None, Devices::Qemus(options)) => pc.disk("pci", &disk, options).source_and_card("pci", options),
         };
+        if let (true, Devices::Qemus(options)) = (self.slow, &self.devices) {
+            pc.option("-blockdev", SLOW).device(format!("virtio-blk-pci,drive=slow,num-queues=4,{options}"));
+        }
         let (ended, console) = pc.linux(&kernel, &initramfs, arguments).run(&console)?;
         let card = card.map(|card| {
             card.logs(PARTING, |line| line.contains("connection ended"));
@@ -204,6 +217,9 @@ impl Cell {
         }
         copied::all_of(&guest, image)?;
         says("RINGFENCE restarted=the queue alone")?;
+        if self.slow {
+            says("RINGFENCE in-flight=16 lost; ")?;
+        }
         if card.is_none() {
             says("RINGFENCE random=64 bytes, which differ")?;
             says("RINGFENCE router=[52, 55, 0a, 00, 02, 02]")?;

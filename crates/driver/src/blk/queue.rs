@@ -2,9 +2,9 @@
 
 use super::record::{Kind, Record};
 use super::{Answer, BlkError, Completion, Geometry, Limits, Request, RequestError, RequestId, SECTOR};
+use crate::Transport;
 use crate::loans::{self, Loans};
 use crate::queue::{self, Pieces};
-use crate::Transport;
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use core::convert::Infallible;

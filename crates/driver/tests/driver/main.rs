@@ -1,6 +1,7 @@
 //! Drivers against devices that are strict, and against devices that lie.
 
 mod blk;
+mod chaos;
 mod devices;
 mod hostile;
 mod mmio;

@@ -32,7 +32,8 @@ fn a_queue_is_restarted_and_the_others_go_on() {
             let (transport, mut queues) = disk.split();
             let mut asked = Vec::new();
             for (number, queue) in queues.iter_mut().enumerate() {
-                let mut ask = |turn| queue.submit(Request::Read { sector: 1, into: &buffer(2 * number + turn) }).unwrap();
+                let mut ask =
+                    |turn| queue.submit(Request::Read { sector: 1, into: &buffer(2 * number + turn) }).unwrap();
                 asked.push([ask(0), ask(1)]);
                 assert!(queue.publish().unwrap());
                 transport.notify(number as u16).unwrap();
@@ -64,9 +65,8 @@ fn a_queue_is_restarted_and_the_others_go_on() {
             assert_eq!(world.domain.mapped(), idle);
 
             asleep.set(true);
-            let asked = [0, 1, 2].map(|number| {
-                queues[number].submit(Request::Read { sector: 1, into: &buffer(number) }).unwrap()
-            });
+            let asked = [0, 1, 2]
+                .map(|number| queues[number].submit(Request::Read { sector: 1, into: &buffer(number) }).unwrap());
             disk.restart().unwrap();
             assert_eq!(world.domain.mapped(), idle, "all of them");
             assert_eq!(disk.poll().unwrap(), lost(asked[0]).unwrap());

@@ -316,7 +316,8 @@ fn a_chain_of_before_a_reset_is_not_taken_for_a_later_one() {
         for indirect in [Indirect::Refused, Indirect::Allowed] {
             let rules = Rules { format, indirect, ..Rules::default() };
             let world = World::new(Kind::Flat, rules, 8, 2);
-            let buffers = [Access::Read, Access::Write].map(|access| Descriptor { addr: BusAddr(0x1000), len: 4, access });
+            let buffers =
+                [Access::Read, Access::Write].map(|access| Descriptor { addr: BusAddr(0x1000), len: 4, access });
             let table = |number| (indirect == Indirect::Allowed).then(|| world.table(number));
             // Once more when one was lost before, and once more when the queue broke.
             for resets in 1..4 {
