@@ -26,7 +26,7 @@ const MEMORY: u32 = 64;
 /// One boot.
 struct Cell {
     name: &'static str,
-    iommu: bool,
+    iommu: Option<&'static str>,
     bus: Bus,
     /// Options of each device.
     devices: &'static str,
@@ -50,16 +50,16 @@ enum Bus {
 }
 
 const CELLS: &[Cell] = &[
-    Cell { name: "confined", iommu: true, devices: "disable-legacy=on,iommu_platform=on", flag: true, ..PLAIN },
+    Cell { name: "confined", iommu: IOMMU, devices: "disable-legacy=on,iommu_platform=on", flag: true, ..PLAIN },
     Cell {
-        name: "confined, packed",
-        iommu: true,
+        name: "confined, packed, pages of 64 KiB",
+        iommu: Some("virtio-iommu-pci,granule=64k"),
         devices: "disable-legacy=on,iommu_platform=on,packed=on",
         flag: true,
         ..PLAIN
     },
-    Cell { name: "unflagged", iommu: true, end: "refused", reason: "may go past the IOMMU", ..PLAIN },
-    Cell { name: "unflagged, allowed", iommu: true, command_line: "allow", ..PLAIN },
+    Cell { name: "unflagged", iommu: IOMMU, end: "refused", reason: "may go past the IOMMU", ..PLAIN },
+    Cell { name: "unflagged, allowed", iommu: IOMMU, command_line: "allow", ..PLAIN },
     PLAIN,
     Cell { name: "plain, packed", devices: "disable-legacy=on,iommu_platform=on,packed=on", flag: true, ..PLAIN },
     Cell { name: "transitional", devices: "disable-legacy=off", ..PLAIN },
@@ -69,10 +69,12 @@ const CELLS: &[Cell] = &[
     Cell { name: "MMIO, legacy", bus: Bus::LegacyMmio, end: "failed", reason: "legacy", ..MMIO },
 ];
 
+const IOMMU: Option<&str> = Some("virtio-iommu-pci");
+
 /// A modern device without an IOMMU.
 const PLAIN: Cell = Cell {
     name: "plain",
-    iommu: false,
+    iommu: None,
     bus: Bus::Pci,
     devices: "disable-legacy=on,iommu_platform=off",
     command_line: "",
@@ -123,8 +125,8 @@ impl Cell {
                 (pc, "device")
             }
         };
-        if self.iommu {
-            pc.device("virtio-iommu-pci");
+        if let Some(iommu) = self.iommu {
+            pc.device(iommu);
         }
         let Self { devices, command_line, .. } = self;
         pc.disk(bus, image.path(), devices)
@@ -154,7 +156,7 @@ impl Cell {
         if guest.features.is_none_or(|features| features.has(flag) != self.flag) {
             return Err(format!("bit {flag} was not {}", if self.flag { "taken" } else { "left alone" }));
         }
-        if self.iommu && self.flag {
+        if self.iommu.is_some() && self.flag {
             says("RINGFENCE forbidden=nothing came through")?;
             says("RINGFENCE fault=Fault { reason: Mapping, endpoint: 10, ")?;
             let (bus, physical) = addresses(console).ok_or("the kernel told of no addresses")?;

@@ -79,8 +79,12 @@ impl Pc {
     pub(crate) fn run(&mut self, console: &Path) -> Result<(ExitStatus, String), String> {
         let at = |error| format!("{}: {error}", console.display());
         let file = File::create(console).map_err(at)?;
-        let ended = wait(self.0.stderr(file.try_clone().map_err(at)?).stdout(file))?;
+        let ended = wait(self.0.stderr(file.try_clone().map_err(at)?).stdout(file));
         let said = fs::read(console).map_err(at)?;
-        Ok((ended, String::from_utf8_lossy(&said).into_owned()))
+        let said = String::from_utf8_lossy(&said).into_owned();
+        match ended {
+            Ok(ended) => Ok((ended, said)),
+            Err(reason) => Err(format!("{reason}; what was said:\n{said}")),
+        }
     }
 }

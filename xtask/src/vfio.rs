@@ -31,7 +31,8 @@ struct Cell {
     modules: &'static [&'static str],
     arguments: &'static str,
     devices: Devices,
-    /// Whether there is a slow disk besides, whose queues are reset while it has requests.
+    /// Whether there is a slow disk besides, whose queues are reset while it has requests: QEMU's goes on with them all the
+    /// same, which the driver is to find out.
     slow: bool,
     end: &'static str,
     /// Whether the disk's driver took the flag.
@@ -74,7 +75,8 @@ const VIRTIO: Cell = Cell {
 
 const CELLS: &[Cell] = &[
     INTEL,
-    Cell { name: "intel-iommu, packed", devices: PACKED, ..INTEL },
+    // QEMU 10 itself goes round in circles where its disk's packed ring is reset with requests under way.
+    Cell { name: "intel-iommu, packed", devices: PACKED, slow: false, ..INTEL },
     Cell { name: "intel-iommu, unflagged", devices: UNFLAGGED, slow: false, end: "refused", flag: false, ..INTEL },
     Cell {
         name: "intel-iommu, allowed",
@@ -102,7 +104,7 @@ const CELLS: &[Cell] = &[
 const CARD: Cell = Cell { name: "a card", devices: Devices::Card(IommuMode::Offer), slow: false, ..INTEL };
 
 /// It answers each request after a second.
-const SLOW: &str = "driver=null-co,node-name=slow,size=16M,read-zeroes=on,latency-ns=1000000000";
+const SLOW: &str = "driver=null-co,node-name=slow,size=16777216,read-zeroes=on,latency-ns=1000000000";
 
 /// How long a card's last line is waited for.
 const PARTING: Duration = Duration::from_secs(10);
@@ -219,6 +221,7 @@ impl Cell {
         says("RINGFENCE restarted=the queue alone")?;
         if self.slow {
             says("RINGFENCE in-flight=16 lost; ")?;
+            says("RINGFENCE anew=4 queues")?;
         }
         if card.is_none() {
             says("RINGFENCE random=64 bytes, which differ")?;

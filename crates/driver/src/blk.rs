@@ -221,6 +221,11 @@ pub enum BlkError<E> {
     Failed(RequestError),
     /// The device broke the rules of rings; the disk is of no use any more.
     Broken(DeviceError),
+    /// The disk says that it broke down (DEVICE_NEEDS_RESET), and no queue of it can be reset alone: start it anew.
+    NeedsReset {
+        /// Its status.
+        status: u8,
+    },
     /// The way to the device failed.
     Transport(E),
 }
@@ -239,6 +244,7 @@ impl<E: fmt::Display> fmt::Display for BlkError<E> {
             BlkError::NotOffered => f.write_str("the disk does not offer that"),
             BlkError::Failed(error) => error.fmt(f),
             BlkError::Broken(error) => write!(f, "the disk broke the rules: {error}"),
+            BlkError::NeedsReset { status } => write!(f, "the disk broke down, and needs a reset (status {status:#x})"),
             BlkError::Transport(error) => write!(f, "the disk can't be reached: {error}"),
         }
     }
@@ -497,9 +503,9 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     /// polled as [`RequestError::Lost`]. Of several queues one can be [restarted](Queue::restart) by itself.
     ///
     /// # Errors
-    /// [`BlkError::NotOffered`] where the device or the transport does not reset single queues, and
-    /// [`BlkError::Transport`]: as long as the disk does not confirm, it keeps what it has, and queues that come after that
-    /// one are as they were.
+    /// [`BlkError::NotOffered`] where the device or the transport does not reset single queues,
+    /// [`BlkError::NeedsReset`], and [`BlkError::Transport`]: as long as the disk does not confirm, it keeps what it has, and
+    /// queues that come after that one are as they were.
     pub fn restart(&mut self) -> Result<(), BlkError<T::Error>> {
         let Self { device, queue, more, .. } = self;
         if !device.resets_queues() {

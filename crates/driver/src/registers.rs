@@ -172,3 +172,21 @@ pub(crate) fn read_config(registers: &impl Registers, start: usize, offset: u32,
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reset_is_waited_for_a_bounded_number_of_looks() {
+        for (purpose, expected) in [(Waiting::Queue(0), 1024), (Waiting::Reset, 4), (Waiting::QueueReset(7), 4)] {
+            let looks = core::cell::Cell::new(0);
+            let never = || {
+                looks.set(looks.get() + 1);
+                Ok(false)
+            };
+            assert_eq!(until(&mut Spin(1024), purpose, |purpose| purpose, never), Err(purpose));
+            assert_eq!(looks.get(), expected + 1, "{purpose:?}");
+        }
+    }
+}

@@ -255,9 +255,12 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     /// when that says that the queue was reset, and not before.
     ///
     /// # Errors
-    /// [`BlkError::Transport`]: also where single queues can't be reset. As long as the disk does not confirm, it keeps what
-    /// it has.
+    /// [`BlkError::NeedsReset`], and [`BlkError::Transport`]: also where single queues can't be reset. As long as the disk does
+    /// not confirm, it keeps what it has.
     pub fn restart<T: Transport>(&mut self, transport: &mut T) -> Result<(), BlkError<T::Error>> {
+        if let Some(status) = transport.needs_reset().map_err(BlkError::Transport)? {
+            return Err(BlkError::NeedsReset { status });
+        }
         transport.reset_queue(self.number).map_err(BlkError::Transport)?;
         let Self { ring, spare, finished, .. } = self;
         ring.ring.reset(|_, slot| {

@@ -24,7 +24,8 @@ struct Memory<const SIZE: usize>(UnsafeCell<[u8; SIZE]>);
 unsafe impl<const SIZE: usize> Sync for Memory<SIZE> {}
 
 static OWN: Memory<{ MIB / 4 }> = Memory(UnsafeCell::new([0; _]));
-static RINGS: Memory<{ MIB / 4 }> = Memory(UnsafeCell::new([0; _]));
+/// Enough where an IOMMU has pages of 64 KiB, too: each piece of a ring has some of its own.
+static RINGS: Memory<MIB> = Memory(UnsafeCell::new([0; _]));
 static DATA: Memory<MIB> = Memory(UnsafeCell::new([0; _]));
 
 /// One of three pieces of memory.
@@ -45,7 +46,7 @@ pub(crate) fn take(pages: Pages) -> Buffer<'static> {
     assert!(TAKEN.fetch_or(bit, Ordering::Relaxed) & bit == 0, "taken before");
     let (start, len) = match pages {
         Pages::Own => (OWN.0.get().cast::<u8>(), MIB / 4),
-        Pages::Rings => (RINGS.0.get().cast(), MIB / 4),
+        Pages::Rings => (RINGS.0.get().cast(), MIB),
         Pages::Data => (DATA.0.get().cast(), MIB),
     };
     let start = NonNull::new(start).expect("a static is not at zero");

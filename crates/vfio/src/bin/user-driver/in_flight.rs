@@ -2,12 +2,12 @@
 
 use crate::{Anything, Failure, PATIENCE, guest, pci};
 use ringfence_dma::Buffer;
-use ringfence_driver::blk::{Answer, Blk, BlkError, Completion, Options, Queue, Request, RequestError};
+use ringfence_driver::blk::{Answer, Blk, BlkError, Completion, Options, Queue, QueueError, Request, RequestError};
 use ringfence_driver::pci::PciError;
 use ringfence_driver::{Host, Transport};
 use ringfence_vfio::Function;
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const QUEUES: u16 = 4;
 const REQUESTS: usize = 4;
@@ -20,10 +20,11 @@ const MARK: u8 = 0xa5;
 const LATE: Duration = Duration::from_millis(2500);
 
 /// Resets each queue with requests under way, and tells what became of those: all are lost, and what the disk does about them
-/// after it has confirmed the reset is not taken for an answer to a later one.
+/// after it has confirmed the reset is not taken for an answer to a later one. In the end all of the disk is reset.
 pub(crate) fn reset(host: Host<'_, Anything<'_>>, function: Function, data: Buffer<'_>) -> Result<(), Failure> {
     let options = Options { depth: 16, segments: 1 };
-    let mut disk = Blk::start_queues(pci(function, PATIENCE)?, host, options, QUEUES)?;
+    let mut way = pci(function, PATIENCE)?;
+    let mut disk = Blk::start_queues(&mut way, host, options, QUEUES)?;
     let (transport, mut queues) = disk.split();
     data.memory().fill(MARK);
     let buffer = |queue: usize, turn: usize| data.sub((queue * REQUESTS + turn) * LEN, LEN);
@@ -41,24 +42,38 @@ pub(crate) fn reset(host: Host<'_, Anything<'_>>, function: Function, data: Buff
         }
     }
     // The disk said that it is done with all of them.
-    let since = Instant::now();
-    let is_marked = |number: usize| {
-        let mut bytes = [0; LEN];
-        buffer(number / REQUESTS, number % REQUESTS).memory().read(0, &mut bytes);
-        bytes == [MARK; LEN]
-    };
-    while since.elapsed() < LATE {
-        sleep(Duration::from_millis(20));
-    }
+    sleep(LATE);
+    let is_marked = |number: usize| holds(buffer(number / REQUESTS, number % REQUESTS), MARK);
     let late = (0..usize::from(QUEUES) * REQUESTS).filter(|&number| !is_marked(number)).count();
-    let mut found_out = 0;
+    guest::tell("in-flight", format_args!("{lost} lost; {late} written after the reset"));
     for (number, queue) in queues.iter_mut().enumerate() {
-        found_out += goes_on(queue, transport, number, buffer(number, 0))?;
+        if let Err(error) = goes_on(queue, transport, number, buffer(number, 0)) {
+            guest::tell("found-out", format_args!("queue {number}: {error}"));
+            match error.downcast_ref() {
+                // Nothing is believed any more.
+                Some(BlkError::<PciError>::Broken(_) | BlkError::NeedsReset { .. }) => break,
+                _ => return Err(error),
+            }
+        }
     }
-    guest::tell("in-flight", format_args!("{lost} lost; written after the reset: {late}; found out: {found_out}"));
+    drop(disk);
+    let mut disk = Blk::start_queues(&mut way, host, options, QUEUES)?;
+    let (transport, mut queues) = disk.split();
+    for (number, queue) in queues.iter_mut().enumerate() {
+        goes_on(queue, transport, number, buffer(number, 1))?;
+    }
+    guest::tell("anew", format_args!("{QUEUES} queues"));
     Ok(())
 }
 
+/// Whether each byte of a buffer is this.
+fn holds(buffer: Buffer<'_>, byte: u8) -> bool {
+    let mut bytes = [!byte; LEN];
+    buffer.memory().read(0, &mut bytes);
+    bytes == [byte; LEN]
+}
+
+/// Has the disk hear of what was submitted.
 fn tell<T: Transport<Error = PciError>>(
     queue: &mut Queue<'_, Anything<'_>>,
     transport: &mut T,
@@ -70,43 +85,32 @@ fn tell<T: Transport<Error = PciError>>(
     Ok(())
 }
 
-/// Reads through a queue that was reset, and resets it once more where it breaks; how often that was.
+/// Reads zeroes, and nothing else.
 fn goes_on<'a, T: Transport<Error = PciError>>(
     queue: &mut Queue<'a, Anything<'a>>,
     transport: &mut T,
     number: usize,
     into: Buffer<'a>,
-) -> Result<usize, Failure> {
-    for broken in 0..REQUESTS {
-        into.memory().fill(MARK);
-        let asked = queue.submit(Request::Read { sector: 0, into: &[into] })?;
-        tell(queue, transport, number)?;
-        let ended = loop {
-            match queue.poll() {
-                Ok(None) => transport.wait(number as u16)?,
-                Ok(Some(completion)) => break completion,
-                Err(BlkError::Broken(error)) => {
-                    guest::tell("found-out", format_args!("queue {number}: {error}"));
-                    queue.restart(transport)?;
-                    break queue.poll()?.ok_or("a request is neither lost nor done")?;
-                }
-                Err(error) => return Err(error.into()),
-            }
-        };
-        if ended.id != asked {
-            return Err("a request ends that nobody asked for".into());
+) -> Result<(), Failure> {
+    into.memory().fill(MARK);
+    let asked = queue.submit(Request::Read { sector: 0, into: &[into] })?;
+    tell(queue, transport, number)?;
+    loop {
+        match queue.poll().map_err(of_pci)? {
+            Some(ended) if ended.id == asked && ended.result == Ok(Answer::Done) && holds(into, 0) => return Ok(()),
+            Some(ended) => return Err(format!("{ended:?}, and zeroes were to be read").into()),
+            None => match transport.needs_reset()? {
+                None => transport.wait(number as u16)?,
+                Some(status) => return Err(BlkError::<PciError>::NeedsReset { status }.into()),
+            },
         }
-        if ended.result == Err(RequestError::Lost) {
-            continue;
-        }
-        let mut bytes = [MARK; LEN];
-        into.memory().read(0, &mut bytes);
-        return match (ended.result, bytes == [0; LEN]) {
-            (Ok(Answer::Done), true) => Ok(broken),
-            (result, _) => {
-                Err(format!("a read of zeroes after a reset: {result:?}, and what is there is something else").into())
-            }
-        };
     }
-    Err(format!("queue {number} breaks again and again").into())
+}
+
+/// The error as one of the whole disk.
+fn of_pci(error: QueueError) -> BlkError<PciError> {
+    match error {
+        BlkError::Broken(error) => BlkError::Broken(error),
+        error => unreachable!("a queue that is polled: {error}"),
+    }
 }
