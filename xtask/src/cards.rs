@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use crate::Workspace;
 use crate::copied;
 use crate::patience::wait_and;
+use crate::pc::Pc;
 use crate::steps::{Log, Pass, StepResult, say};
 
 /// Runs in the guest after the disk was verified.
@@ -164,32 +165,22 @@ impl Set {
         let archive = Initramfs::build_with(&self.kernel, &kit.busybox, &modules, THEN).map_err(text)?;
         fs::write(&initramfs, archive.bytes()).map_err(|error| at(&initramfs) + &error.to_string())?;
         let create = |path: &Path| File::create(path).map_err(|error| at(path) + &error.to_string());
-        let mut command = kit.qemu.command(Arch::Amd64);
-        command
-            .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-accel", "tcg"])
-            .args(["-object", "memory-backend-memfd,id=memory,size=256M,share=on", "-m", "256M"])
-            .args(["-machine", "q35,kernel-irqchip=split,memory-backend=memory", "-smp", &PROCESSORS.to_string()])
-            .arg("-qmp")
-            .arg(format!("unix:{},server=on,wait=off", self.at(MONITOR).display()));
-        let mut arguments = format!("console=ttyS0 panic=-1 loglevel=5 no_timer_check printk.devkmsg=on {word}");
+        let mut pc = Pc::with_shared_memory(&kit.qemu, 256);
+        pc.option("-smp", PROCESSORS.to_string())
+            .option("-qmp", format!("unix:{},server=on,wait=off", self.at(MONITOR).display()));
+        let mut arguments = format!("printk.devkmsg=on {word}");
         if place == Place::BehindIntelIommu {
-            command.args(["-device", "intel-iommu,caching-mode=on"]);
+            pc.device("intel-iommu,caching-mode=on");
             arguments.push_str(" intel_iommu=on");
         }
         for device in devices {
-            command.args(["-device", device]);
+            pc.device(device);
         }
-        command
-            .arg("-kernel")
-            .arg(&self.kernel.image)
-            .arg("-initrd")
-            .arg(&initramfs)
-            .args(["-append", &arguments])
-            .stdout(create(&console)?)
-            .stderr(create(&errors)?);
+        let command = pc.linux(&self.kernel, &initramfs, &arguments).command();
+        command.stdout(create(&console)?).stderr(create(&errors)?);
         let read = |path: &Path| fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
         let read = |path: &Path| read(path).map_err(|error| at(path) + &error.to_string());
-        let status = wait_and(&mut command, || meanwhile(&read(&console)?));
+        let status = wait_and(command, || meanwhile(&read(&console)?));
         let (console, qemu) = (read(&console)?, read(&errors)?);
         match status {
             Ok(status) => Ok(Boot { console, qemu, status }),

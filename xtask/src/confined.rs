@@ -1,7 +1,7 @@
 //! A kernel of ours whose devices are QEMU's own: behind a virtio-iommu and not, with the flag and without, with packed
 //! rings, and legacy ones; and behind registers in memory instead of PCI.
 
-use std::fs::{self, File};
+use std::fs;
 use std::time::Instant;
 
 use ringfence_guests::{Arch, Cache, Error, Guest, Image, Qemu, QemuSource};
@@ -9,8 +9,9 @@ use ringfence_policy::IommuMode;
 
 use crate::Workspace;
 use crate::copied;
+use crate::guide;
 use crate::old_driver::program;
-use crate::patience::wait;
+use crate::pc::Pc;
 use crate::steps::{Log, Pass, StepResult, say};
 
 /// The program, and its file beside `ringfence` itself.
@@ -19,10 +20,13 @@ pub(crate) const NAME: &str = "ringfence-confined";
 /// What it may weigh.
 const MOST: u64 = 200 << 10;
 
+/// The machine's, in MiB.
+const MEMORY: u32 = 64;
+
 /// One boot.
 struct Cell {
     name: &'static str,
-    iommu: bool,
+    iommu: Option<&'static str>,
     bus: Bus,
     /// Options of each device.
     devices: &'static str,
@@ -46,16 +50,16 @@ enum Bus {
 }
 
 const CELLS: &[Cell] = &[
-    Cell { name: "confined", iommu: true, devices: "disable-legacy=on,iommu_platform=on", flag: true, ..PLAIN },
+    Cell { name: "confined", iommu: IOMMU, devices: "disable-legacy=on,iommu_platform=on", flag: true, ..PLAIN },
     Cell {
-        name: "confined, packed",
-        iommu: true,
+        name: "confined, packed, pages of 64 KiB",
+        iommu: Some("virtio-iommu-pci,granule=64k"),
         devices: "disable-legacy=on,iommu_platform=on,packed=on",
         flag: true,
         ..PLAIN
     },
-    Cell { name: "unflagged", iommu: true, end: "refused", reason: "may go past the IOMMU", ..PLAIN },
-    Cell { name: "unflagged, allowed", iommu: true, command_line: "allow", ..PLAIN },
+    Cell { name: "unflagged", iommu: IOMMU, end: "refused", reason: "may go past the IOMMU", ..PLAIN },
+    Cell { name: "unflagged, allowed", iommu: IOMMU, command_line: "allow", ..PLAIN },
     PLAIN,
     Cell { name: "plain, packed", devices: "disable-legacy=on,iommu_platform=on,packed=on", flag: true, ..PLAIN },
     Cell { name: "transitional", devices: "disable-legacy=off", ..PLAIN },
@@ -65,10 +69,12 @@ const CELLS: &[Cell] = &[
     Cell { name: "MMIO, legacy", bus: Bus::LegacyMmio, end: "failed", reason: "legacy", ..MMIO },
 ];
 
+const IOMMU: Option<&str> = Some("virtio-iommu-pci");
+
 /// A modern device without an IOMMU.
 const PLAIN: Cell = Cell {
     name: "plain",
-    iommu: false,
+    iommu: None,
     bus: Bus::Pci,
     devices: "disable-legacy=on,iommu_platform=off",
     command_line: "",
@@ -100,8 +106,9 @@ pub(crate) fn boot(workspace: &Workspace, no_skip: bool, log: &mut Log) -> StepR
     for cell in CELLS {
         cell.boot(&qemu, workspace, log).map_err(|reason| format!("{}: {reason}", cell.name))?;
     }
+    guide::boot(&qemu, workspace, log).map_err(|reason| format!("the guide's code: {reason}"))?;
     let (kib, seconds) = (file.len() >> 10, started.elapsed().as_secs_f64());
-    Ok(Pass::Whole(format!("{} boots of {kib} KiB, {seconds:.1} s", CELLS.len())))
+    Ok(Pass::Whole(format!("{} boots of {kib} KiB, and the guide's code, {seconds:.1} s", CELLS.len())))
 }
 
 impl Cell {
@@ -109,43 +116,23 @@ impl Cell {
         let text = |error: Error| error.to_string();
         let folder = tempfile::tempdir().map_err(|error| format!("cannot create a folder: {error}"))?;
         let image = Image::create(&folder.path().join("disk"), 11).map_err(text)?;
-        let console = folder.path().join("console");
-        let file = File::create(&console).map_err(|error| format!("{}: {error}", console.display()))?;
-        let mut command = qemu.command(Arch::Amd64);
-        command
-            .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-accel", "tcg"])
-            .args(["-m", "64M"]);
-        let kind = match self.bus {
-            Bus::Pci => {
-                command.args(["-machine", "q35"]);
-                "pci"
-            }
+        let (mut pc, bus) = match self.bus {
+            Bus::Pci => (Pc::new(qemu, "q35", MEMORY), "pci"),
             bus => {
                 // The kernel's watchdog is the timer that it has interrupts from.
-                command.args(["-machine", "microvm,pit=on,pic=on,rtc=on,isa-serial=on"]);
-                let legacy = if bus == Bus::LegacyMmio { "true" } else { "false" };
-                command.args(["-global", &format!("virtio-mmio.force-legacy={legacy}")]);
-                "device"
+                let mut pc = Pc::new(qemu, "microvm,pit=on,pic=on,rtc=on,isa-serial=on", MEMORY);
+                pc.option("-global", format!("virtio-mmio.force-legacy={}", bus == Bus::LegacyMmio));
+                (pc, "device")
             }
         };
-        if self.iommu {
-            command.args(["-device", "virtio-iommu-pci"]);
+        if let Some(iommu) = self.iommu {
+            pc.device(iommu);
         }
         let Self { devices, command_line, .. } = self;
-        command
-            .args(["-blockdev", &format!("driver=file,node-name=disk,filename={}", image.path().display())])
-            .args(["-device", &format!("virtio-blk-{kind},drive=disk,{devices}")])
-            .args(["-device", &format!("virtio-rng-{kind},{devices}")])
-            .args(["-netdev", "user,id=net,restrict=on"])
-            .args(["-device", &format!("virtio-net-{kind},netdev=net,{devices}")])
-            .args(["-append", command_line])
-            .arg("-kernel")
-            .arg(program(workspace, NAME))
-            .stderr(file.try_clone().map_err(|error| error.to_string())?)
-            .stdout(file);
-        let ended = wait(&mut command)?;
-        let console = fs::read(&console).map_err(|error| error.to_string())?;
-        let console = String::from_utf8_lossy(&console);
+        pc.disk(bus, image.path(), devices)
+            .source_and_card(bus, devices)
+            .kernel(&program(workspace, NAME), command_line);
+        let (ended, console) = pc.run(&folder.path().join("console"))?;
         log.line(format_args!("{}\n{console}", self.name));
         self.judge(&console, &image).map_err(|reason| format!("{reason}; QEMU {ended}"))
     }
@@ -169,7 +156,7 @@ impl Cell {
         if guest.features.is_none_or(|features| features.has(flag) != self.flag) {
             return Err(format!("bit {flag} was not {}", if self.flag { "taken" } else { "left alone" }));
         }
-        if self.iommu && self.flag {
+        if self.iommu.is_some() && self.flag {
             says("RINGFENCE forbidden=nothing came through")?;
             says("RINGFENCE fault=Fault { reason: Mapping, endpoint: 10, ")?;
             let (bus, physical) = addresses(console).ok_or("the kernel told of no addresses")?;

@@ -12,7 +12,7 @@ use clap::Args;
 use ringfence_guests::{Arch, Backend, Cache, Error, Initramfs, KernelSeries, Qemu, QemuSource};
 
 use crate::Workspace;
-use crate::patience::wait;
+use crate::pc::Pc;
 use crate::static_program;
 use crate::steps::{Log, Pass, StepResult, say};
 
@@ -102,34 +102,19 @@ fn boot(
     server.args(["serve", "blk", "--log", "info", "--socket"]).arg(&socket).arg("--image").arg(&other);
     server.args(args.options.split_whitespace());
     let server = Backend::start(server, &socket, &at("log")).map_err(text)?;
-    let file = File::create(&console).map_err(|error| format!("{}: {error}", console.display()))?;
     let SpeedArgs { rounds, seconds, load: only, .. } = args;
     let flag = "disable-legacy=on,iommu_platform=on";
     let properties = if args.properties.is_empty() { String::new() } else { format!(",{}", args.properties) };
-    let mut command = qemu.command(Arch::Amd64);
-    command
-        .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-accel", "tcg", "-smp", "1"])
-        .args(["-m", "512M", "-object", "memory-backend-memfd,id=memory,size=512M,share=on"])
-        .args(["-machine", "q35,kernel-irqchip=split,memory-backend=memory", "-device", "intel-iommu"])
-        .args(["-blockdev", &format!("driver=file,node-name=disk,filename={}", own.display())])
-        .args(["-device", &format!("virtio-blk-pci,drive=disk,addr=4,{flag}")])
-        .args(["-chardev", &format!("socket,id=backend,path={}", socket.display())])
-        .args(["-device", &format!("vhost-user-blk-pci,chardev=backend,addr=5,{flag}{properties}")])
-        .arg("-kernel")
-        .arg(&kernel.image)
-        .arg("-initrd")
-        .arg(&initramfs)
-        .arg("-append")
-        .arg(format!(
-            "console=ttyS0 panic=-1 loglevel=4 no_timer_check {arguments} \
-             ringfence.rounds={rounds} ringfence.seconds={seconds} ringfence.load={only}"
-        ))
-        .stderr(file.try_clone().map_err(|error| error.to_string())?)
-        .stdout(file);
-    let ended = wait(&mut command)?;
-    let said = fs::read(&console).map_err(|error| error.to_string())?;
-    let said = String::from_utf8_lossy(&said).into_owned();
-    log.line(format_args!("$ {command:?}\n{said}\n--- the server\n{}", server.log()));
+    let arguments =
+        format!("loglevel=4 {arguments} ringfence.rounds={rounds} ringfence.seconds={seconds} ringfence.load={only}");
+    let mut pc = Pc::with_shared_memory(qemu, 512);
+    pc.device("intel-iommu")
+        .disk("pci", &own, &format!("addr=4,{flag}"))
+        .socket("backend", &socket)
+        .device(format!("vhost-user-blk-pci,chardev=backend,addr=5,{flag}{properties}"))
+        .linux(&kernel, &initramfs, &arguments);
+    let (ended, said) = pc.run(&console)?;
+    log.line(format_args!("$ {:?}\n{said}\n--- the server\n{}", pc.command(), server.log()));
     match said.contains("RINGFENCE end=done") {
         true => Ok(said),
         false => Err(format!("the guest did not come to its end; QEMU {ended}")),

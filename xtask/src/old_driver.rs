@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::Workspace;
 use crate::confined;
+use crate::guide;
 use crate::steps::{Log, Pass, StepResult, cargo};
 
 /// The program, and its file beside `ringfence` itself.
@@ -31,7 +32,7 @@ pub(crate) fn build(workspace: &Workspace, log: &mut Log) -> StepResult {
     run(&["fmt", "--", "--check"])?;
     run(&["clippy", "--release", "--locked", "--", "-D", "warnings"])?;
     run(&["build", "--release", "--locked"])?;
-    for name in [NAME, confined::NAME] {
+    for name in [NAME, confined::NAME, guide::NAME] {
         let to = program(workspace, name);
         let at = |error| format!("{}: {error}", to.display());
         fs::create_dir_all(to.parent().expect("a program is in a folder")).map_err(at)?;

@@ -4,7 +4,7 @@
 mod card;
 mod folder;
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::{Mutex, PoisonError};
@@ -18,7 +18,7 @@ use ringfence_policy::IommuMode;
 use sha2::{Digest, Sha256};
 
 use crate::Workspace;
-use crate::patience::wait;
+use crate::pc::Pc;
 use crate::steps::{Log, Pass, StepResult, say};
 
 /// How long the server's last line is waited for.
@@ -161,26 +161,9 @@ impl Machine<'_> {
 
     /// Boots with a device of those options at `socket`; how QEMU ended, and all that was said.
     fn run(&self, initramfs: &Path, device: &[&str], socket: &Path) -> Result<(ExitStatus, String), String> {
-        let console = socket.with_extension("console");
-        let failed = |error: std::io::Error| format!("{}: {error}", console.display());
-        let file = File::create(&console).map_err(failed)?;
-        let mut command = self.qemu.command(Arch::Amd64);
-        command
-            .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio", "-accel", "tcg"])
-            .args(["-object", "memory-backend-memfd,id=memory,size=256M,share=on", "-m", "256M"])
-            .args(["-machine", "q35,kernel-irqchip=split,memory-backend=memory", "-device", self.iommu.device()])
-            .args(["-chardev", &format!("socket,id=socket,path={}", socket.display())])
-            .args(device)
-            .arg("-kernel")
-            .arg(&self.kernel.image)
-            .arg("-initrd")
-            .arg(initramfs)
-            .args(["-append", "console=ttyS0 panic=-1 loglevel=5 no_timer_check intel_iommu=on"])
-            .stderr(file.try_clone().map_err(failed)?)
-            .stdout(file);
-        let ended = wait(&mut command)?;
-        let said = fs::read(&console).map_err(failed)?;
-        Ok((ended, String::from_utf8_lossy(&said).into_owned()))
+        let mut pc = Pc::with_shared_memory(self.qemu, 256);
+        pc.device(self.iommu.device()).socket("socket", socket).command().args(device);
+        pc.linux(&self.kernel, initramfs, "intel_iommu=on").run(&socket.with_extension("console"))
     }
 
     /// Sees that QEMU does not even start with a device of those options when nobody stands between.

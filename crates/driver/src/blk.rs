@@ -7,7 +7,6 @@ mod record;
 pub use queue::{Queue, QueueError};
 
 use crate::{Host, Running, StartError, Transport, Wants, start};
-use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use config::{Limits, read_config};
 use core::{fmt, mem};
@@ -35,8 +34,6 @@ pub struct Blk<'a, T: Transport, M: Mapper + ?Sized> {
     queue: Queue<'a, M>,
     /// The others.
     more: Vec<Queue<'a, M>>,
-    /// Completed while somebody waited for another request, and not handed out yet.
-    finished: VecDeque<Completion>,
 }
 
 /// What a disk is like, as its configuration space says (§5.2.4).
@@ -224,6 +221,11 @@ pub enum BlkError<E> {
     Failed(RequestError),
     /// The device broke the rules of rings; the disk is of no use any more.
     Broken(DeviceError),
+    /// The disk says that it broke down (DEVICE_NEEDS_RESET), and no queue of it can be reset alone: start it anew.
+    NeedsReset {
+        /// Its status.
+        status: u8,
+    },
     /// The way to the device failed.
     Transport(E),
 }
@@ -242,6 +244,7 @@ impl<E: fmt::Display> fmt::Display for BlkError<E> {
             BlkError::NotOffered => f.write_str("the disk does not offer that"),
             BlkError::Failed(error) => error.fmt(f),
             BlkError::Broken(error) => write!(f, "the disk broke the rules: {error}"),
+            BlkError::NeedsReset { status } => write!(f, "the disk broke down, and needs a reset (status {status:#x})"),
             BlkError::Transport(error) => write!(f, "the disk can't be reached: {error}"),
         }
     }
@@ -342,11 +345,12 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
         };
         let prepared = device.queues.iter().map(prepare).collect::<Result<Vec<_>, _>>()?;
         let rings = mem::take(&mut device.queues).into_iter().zip(prepared);
-        let mut queues = rings.map(|(ring, (records, limits))| Queue::new(mapper, ring, records, geometry, limits));
+        let mut queues = (QUEUE..)
+            .zip(rings)
+            .map(|(number, (ring, (records, limits)))| Queue::new(number, mapper, ring, records, geometry, limits));
         let queue = queues.next().expect("one at least was wanted");
         let more = queues.collect();
-        let finished = VecDeque::with_capacity(queue.depth());
-        Ok(Self { device, geometry, queue, more, finished })
+        Ok(Self { device, geometry, queue, more })
     }
 
     /// The way to the device and the queues, for as many threads.
@@ -370,7 +374,8 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
         &mut self.device
     }
 
-    /// Fills `into` from `sector` on.
+    /// Fills `into` from `sector` on. A disk that says so and has not leaves in the buffers what was there: who hands on what
+    /// was read to somebody else clears them before, or has them bounced.
     ///
     /// # Errors
     /// Any [`BlkError`]. The buffers' content is undefined then.
@@ -434,10 +439,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     /// Any [`BlkError`] but [`BlkError::Failed`]; nothing was put on its way then.
     #[inline]
     pub fn submit(&mut self, request: Request<'_, 'a>) -> Result<RequestId, BlkError<T::Error>> {
-        if !self.finished.is_empty() && self.is_crowded() {
-            return Err(BlkError::Busy);
-        }
-        self.queue.put(request)
+        self.queue.put_if_room(request)
     }
 
     /// Puts a request on its way and tells the device, if it wants to be told: [`submit`](Self::submit) and
@@ -452,13 +454,6 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
             self.device.transport.notify(QUEUE).map_err(BlkError::Transport)?;
         }
         Ok(id)
-    }
-
-    /// Completions that nobody polls count too: they are kept, in room of a limited size.
-    #[cold]
-    fn is_crowded(&self) -> bool {
-        let queue = &self.queue;
-        queue.usable::<T::Error>().is_ok() && self.finished.len() + queue.under_way() >= queue.depth()
     }
 
     /// Tells the device of what was submitted, if it wants to be told.
@@ -479,18 +474,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     /// [`BlkError::Broken`].
     #[inline]
     pub fn poll(&mut self) -> Result<Option<Completion>, BlkError<T::Error>> {
-        match self.finished.is_empty() {
-            true => self.queue.reap(),
-            false => Ok(self.kept()),
-        }
-    }
-
-    /// A request that came to its end while somebody waited for another one.
-    #[cold]
-    fn kept(&mut self) -> Option<Completion> {
-        let completion = self.finished.pop_front()?;
-        self.queue.give_back(completion.id);
-        Some(completion)
+        self.queue.next()
     }
 
     /// Waits until [`poll`](Self::poll) may have something.
@@ -499,7 +483,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     /// Those of [`Transport::wait`].
     pub fn wait(&mut self) -> Result<(), BlkError<T::Error>> {
         self.usable()?;
-        if self.finished.is_empty() { self.rest() } else { Ok(()) }
+        if self.queue.keeps_some() { Ok(()) } else { self.rest() }
     }
 
     /// Asks the device to tell of the next request that comes to its end, for who sleeps until an interrupt. `true`: one
@@ -511,24 +495,23 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     pub fn listen(&mut self) -> Result<bool, BlkError<T::Error>> {
         self.usable()?;
         let listening = self.queue.listen_for()?;
-        Ok(listening || !self.finished.is_empty())
+        Ok(listening || self.queue.keeps_some())
     }
 
-    /// Resets the queue alone, and has it go on: a disk that is [`Broken`](BlkError::Broken), or that keeps a buffer
+    /// Resets each queue alone, and has them go on: a disk that is [`Broken`](BlkError::Broken), or that keeps a buffer
     /// for too long, need not be given up. What was lent is back when this returns. Requests that were under way are
-    /// polled as [`RequestError::Lost`].
+    /// polled as [`RequestError::Lost`]. Of several queues one can be [restarted](Queue::restart) by itself.
     ///
     /// # Errors
-    /// [`BlkError::NotOffered`] where the device or the transport does not reset single queues, and
-    /// [`BlkError::Transport`]: as long as the disk does not confirm, it keeps what it has.
+    /// [`BlkError::NotOffered`] where the device or the transport does not reset single queues,
+    /// [`BlkError::NeedsReset`], and [`BlkError::Transport`]: as long as the disk does not confirm, it keeps what it has, and
+    /// queues that come after that one are as they were.
     pub fn restart(&mut self) -> Result<(), BlkError<T::Error>> {
-        let Self { device, queue, finished, .. } = self;
+        let Self { device, queue, more, .. } = self;
         if !device.resets_queues() {
             return Err(BlkError::NotOffered);
         }
-        device.transport.reset_queue(QUEUE).map_err(BlkError::Transport)?;
-        queue.restart(|lost| finished.push_back(lost));
-        device.transport.start_queue(QUEUE, &queue.layout()).map_err(BlkError::Transport)
+        core::iter::once(queue).chain(more).try_for_each(|queue| queue.restart(&mut device.transport))
     }
 
     /// Asks for a notification and waits, unless the device has used something already.
@@ -571,10 +554,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Blk<'a, T, M> {
     ) -> Result<Option<Result<Answer, RequestError>>, BlkError<T::Error>> {
         match self.queue.reap()? {
             Some(completion) if Some(completion.id) == wanted => return Ok(Some(completion.result)),
-            Some(completion) => {
-                self.queue.set_aside(completion.id);
-                self.finished.push_back(completion);
-            }
+            Some(completion) => self.queue.set_aside(completion),
             None => self.rest()?,
         }
         Ok(None)

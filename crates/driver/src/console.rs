@@ -71,11 +71,13 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Console<'a, T, M> {
         size.map(Some)
     }
 
-    /// Offers room for input. The console sees it after [`notify`](Self::notify).
+    /// Offers room for input. It is cleared: a console that says that it wrote more than it did passes nothing of yours off as
+    /// input. The console sees it after [`notify`](Self::notify).
     ///
     /// # Errors
     /// Any [`LoanError`] but [`LoanError::Short`]; nothing was lent then.
     pub fn offer(&mut self, buffer: Buffer<'a>) -> Result<LoanId, LoanError<T::Error>> {
+        buffer.memory().fill(0);
         self.lender.queues[RECEIVING].lend(&[], &[buffer], Access::Write)
     }
 
@@ -161,7 +163,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Console<'a, T, M> {
     /// again.
     ///
     /// # Errors
-    /// [`LoanError::NotOffered`] where the device or the transport does not reset single queues, and
+    /// [`LoanError::NotOffered`] where the device or the transport does not reset single queues, [`LoanError::NeedsReset`], and
     /// [`LoanError::Transport`]: as long as the device does not confirm, it keeps what it has.
     pub fn restart(&mut self) -> Result<(), LoanError<T::Error>> {
         self.lender.restart()

@@ -60,6 +60,11 @@ pub enum LoanError<E> {
     NotOffered,
     /// The queue was restarted before the device was done with it: nobody knows what became of it.
     Lost,
+    /// The device says that it broke down (DEVICE_NEEDS_RESET), and no queue of it can be reset alone: start it anew.
+    NeedsReset {
+        /// Its status.
+        status: u8,
+    },
     /// The way to the device failed.
     Transport(E),
 }
@@ -77,6 +82,9 @@ impl<E: fmt::Display> fmt::Display for LoanError<E> {
             LoanError::Lost => f.write_str("the queue was restarted before the device was done"),
             LoanError::NotOffered => f.write_str("the device does not offer that"),
             LoanError::Broken(error) => write!(f, "the device broke the rules: {error}"),
+            LoanError::NeedsReset { status } => {
+                write!(f, "the device broke down, and needs a reset (status {status:#x})")
+            }
             LoanError::Transport(error) => write!(f, "the device can't be reached: {error}"),
         }
     }
@@ -216,6 +224,9 @@ impl<T: Transport, M: Mapper + ?Sized> Lender<'_, T, M> {
     pub(crate) fn restart(&mut self) -> Result<(), LoanError<T::Error>> {
         if !self.device.resets_queues() {
             return Err(LoanError::NotOffered);
+        }
+        if let Some(status) = self.device.transport.needs_reset().map_err(LoanError::Transport)? {
+            return Err(LoanError::NeedsReset { status });
         }
         for lending in &mut self.queues {
             self.device.transport.reset_queue(lending.number).map_err(LoanError::Transport)?;

@@ -124,8 +124,8 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Net<'a, T, M> {
         Ok(if status[0] & 1 != 0 { Link::Up } else { Link::Down })
     }
 
-    /// Offers room for a packet, of [`packet_len`](Self::packet_len) bytes at least. The card sees it after
-    /// [`notify`](Self::notify).
+    /// Offers room for a packet, of [`packet_len`](Self::packet_len) bytes at least. It is cleared: a card that says that it
+    /// wrote more than it did passes nothing of yours off as a packet. The card sees it after [`notify`](Self::notify).
     ///
     /// # Errors
     /// Any [`LoanError`] but [`LoanError::Short`]; nothing was lent then.
@@ -134,6 +134,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Net<'a, T, M> {
         if buffer.len() < needed {
             return Err(LoanError::TooShort { len: buffer.len(), needed });
         }
+        buffer.memory().fill(0);
         self.lender.queues[RECEIVING].lend(&[header(Access::Write)], &[buffer], Access::Write)
     }
 
@@ -220,7 +221,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Net<'a, T, M> {
     /// again.
     ///
     /// # Errors
-    /// [`LoanError::NotOffered`] where the device or the transport does not reset single queues, and
+    /// [`LoanError::NotOffered`] where the device or the transport does not reset single queues, [`LoanError::NeedsReset`], and
     /// [`LoanError::Transport`]: as long as the device does not confirm, it keeps what it has.
     pub fn restart(&mut self) -> Result<(), LoanError<T::Error>> {
         self.lender.restart()

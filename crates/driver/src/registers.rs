@@ -106,7 +106,8 @@ impl<F: FnMut(Waiting, u32) -> bool> Wait for F {
     }
 }
 
-/// Waits by looking again, so many times. For firmware, and for the first steps of a kernel.
+/// Waits by looking again, so many times: for a reset, where each look is an access to a register and so takes as long as a
+/// thousand instructions, 256 times fewer. For firmware, and for the first steps of a kernel.
 #[derive(Clone, Copy, Debug)]
 pub struct Spin(pub u32);
 
@@ -118,9 +119,13 @@ impl Default for Spin {
 }
 
 impl Wait for Spin {
-    fn wait(&mut self, _: Waiting, waited: u32) -> bool {
+    fn wait(&mut self, purpose: Waiting, waited: u32) -> bool {
         core::hint::spin_loop();
-        waited < self.0
+        waited
+            < match purpose {
+                Waiting::Queue(_) => self.0,
+                Waiting::Reset | Waiting::QueueReset(_) => self.0 / 256,
+            }
     }
 }
 
@@ -164,6 +169,24 @@ pub(crate) fn read_config(registers: &impl Registers, start: usize, offset: u32,
                     *byte = if at < registers.len() { registers.read_u8(at) } else { 0 };
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reset_is_waited_for_a_bounded_number_of_looks() {
+        for (purpose, expected) in [(Waiting::Queue(0), 1024), (Waiting::Reset, 4), (Waiting::QueueReset(7), 4)] {
+            let looks = core::cell::Cell::new(0);
+            let never = || {
+                looks.set(looks.get() + 1);
+                Ok(false)
+            };
+            assert_eq!(until(&mut Spin(1024), purpose, |purpose| purpose, never), Err(purpose));
+            assert_eq!(looks.get(), expected + 1, "{purpose:?}");
         }
     }
 }

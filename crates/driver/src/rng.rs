@@ -124,7 +124,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Rng<'a, T, M> {
     /// again.
     ///
     /// # Errors
-    /// [`LoanError::NotOffered`] where the device or the transport does not reset single queues, and
+    /// [`LoanError::NotOffered`] where the device or the transport does not reset single queues, [`LoanError::NeedsReset`], and
     /// [`LoanError::Transport`]: as long as the device does not confirm, it keeps what it has.
     pub fn restart(&mut self) -> Result<(), LoanError<T::Error>> {
         self.lender.restart()

@@ -79,7 +79,7 @@ pub enum StartError<E> {
     Layout(LayoutError),
     /// There was no memory for a queue.
     Dma(DmaError),
-    /// The device broke down when it was to run (DEVICE_NEEDS_RESET, or DRIVER_OK not kept).
+    /// The device broke down when it was to run (DEVICE_NEEDS_RESET, or DRIVER_OK or another bit not kept).
     Broken {
         /// Its status.
         status: u8,
@@ -303,7 +303,8 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Running<'a, T, M> {
         self.transport.set_status(at | DeviceStatus::DRIVER_OK).map_err(StartError::Transport)?;
         let status = self.transport.status().map_err(StartError::Transport)?;
         let broken = DeviceStatus::DEVICE_NEEDS_RESET | DeviceStatus::FAILED;
-        if status.intersects(broken) || !status.contains(DeviceStatus::DRIVER_OK) {
+        // FEATURES_OK and the others too: a device that takes one back has not kept what was agreed on.
+        if status.intersects(broken) || !status.contains(at | DeviceStatus::DRIVER_OK) {
             return Err(StartError::Broken { status: status.bits() });
         }
         Ok(())

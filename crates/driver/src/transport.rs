@@ -32,6 +32,16 @@ pub trait Transport {
     /// The way to the device failed; so everywhere below.
     fn status(&mut self) -> Result<DeviceStatus, Self::Error>;
 
+    /// The status of a device that says that it broke down, and that nothing less than a reset of all of it helps
+    /// (DEVICE_NEEDS_RESET, §2.1).
+    ///
+    /// # Errors
+    /// See [`status`](Self::status).
+    fn needs_reset(&mut self) -> Result<Option<u8>, Self::Error> {
+        let status = self.status()?;
+        Ok(status.contains(DeviceStatus::DEVICE_NEEDS_RESET).then_some(status.bits()))
+    }
+
     /// Writes the device status field. Not for resetting.
     ///
     /// # Errors

@@ -288,7 +288,7 @@ impl<'a, T: Transport, M: Mapper + ?Sized> Viommu<'a, T, M> {
     /// Its domains are what they were, as far as it was told before.
     ///
     /// # Errors
-    /// [`LoanError::NotOffered`] where the device or the transport does not reset single queues, and
+    /// [`LoanError::NotOffered`] where the device or the transport does not reset single queues, [`LoanError::NeedsReset`], and
     /// [`LoanError::Transport`].
     pub fn restart(&self) -> Result<(), LoanError<T::Error>> {
         self.lender.lock().restart()?;

@@ -1,145 +1,71 @@
-//! The DMA API of a Xen domain whose devices are served from another one: what that domain may touch is granted to it.
+//! The grant table of a Xen domain whose devices are served from another one: what that domain may touch is granted to it.
 
 use crate::{Machine, PAGE};
-use ringfence_dma::{Buffer, BusAddr, DmaError, Gpa, HostSlice, Mapped, Mapper, Permission, Pool};
+use ringfence_dma::{BusAddr, DmaError, Gpa, Granules, Permission};
+use ringfence_driver::mapper::{GrantAccess, GrantTable, Grants};
 use ringfence_iommu::{Domain, Mapping};
-use std::sync::{Arc, Mutex, PoisonError};
-
-/// The bit that tells a grant from every other address, as Linux has it (`drivers/xen/grant-dma-ops.c`).
-const GRANT: u64 = 1 << 63;
+use std::sync::Arc;
 
 /// References to hand out. The first ones are Xen's own, for the console and the store.
-const FIRST: usize = 8;
-const END: usize = 512;
+const FIRST: u32 = 8;
+const COUNT: usize = 504;
 
-/// Grants each frame of a buffer while it is lent, to read or to write, and revokes it when the buffer comes back.
+/// A guest's grants, as a [`Domain`] in which each reference in use is a mapping of one frame: the device's side reaches what
+/// it finds there, and nothing else, and what it does not find is recorded.
 ///
-/// A bus address is bit 63, the reference as a frame's number, and the offset in that frame. References in a row make a
-/// buffer of several frames one piece for the device, wherever those are in the machine.
-///
-/// The grant table is a [`Domain`] in which each reference in use is a mapping of one frame: the device's side reaches
-/// what it finds there, and nothing else, and what it does not find is recorded.
+/// References in a row make memory of several frames one piece for the device, wherever those are in the machine.
 #[derive(Debug)]
-pub struct Grants<'m> {
+pub struct GuestGrants<'m> {
     table: Arc<Domain>,
     machine: &'m Machine,
-    rings: Pool<'m>,
-    references: Mutex<References>,
+    references: Granules,
 }
 
-impl<'m> Grants<'m> {
-    /// Grants in `table` what is the guest's in `machine`. `rings` is memory set aside for rings.
-    pub fn new(table: Arc<Domain>, machine: &'m Machine, rings: Buffer<'m>) -> Self {
-        Self { table, machine, rings: Pool::new(rings, PAGE), references: Mutex::new(References::new()) }
+impl<'m> GuestGrants<'m> {
+    /// Grants in `table` what is the guest's in `machine`.
+    pub fn new(table: Arc<Domain>, machine: &'m Machine) -> Grants<Self> {
+        Grants::new(Self { table, machine, references: Granules::new(COUNT) }, COUNT)
     }
+}
 
-    fn grant(&self, buffer: Buffer<'_>, permission: Permission) -> Result<BusAddr, DmaError> {
-        let unreachable = DmaError::Unreachable { physical: buffer.physical() };
-        let (offset, count) = frames(buffer.physical().0, buffer.len());
-        let first = buffer.physical().0 - offset;
-        let frames: Option<Vec<u64>> =
-            (0..count).map(|frame| self.machine.machine_addr(Gpa(first + (frame * PAGE) as u64))).collect();
-        let frames = frames.ok_or(unreachable)?;
-        let reference = self.references().take(count).ok_or(DmaError::OutOfAddresses { wanted: buffer.len() })?;
-        // A grant is for reading, or for everything.
-        let permission = match permission {
-            Permission::ReadOnly => Permission::ReadOnly,
-            Permission::WriteOnly | Permission::ReadWrite => Permission::ReadWrite,
+impl GrantTable for GuestGrants<'_> {
+    fn grant(&self, first: Gpa, frames: usize, access: GrantAccess) -> Result<u32, DmaError> {
+        let machine = |frame: usize| self.machine.machine_addr(Gpa(first.0 + (frame * PAGE) as u64)).map(Gpa);
+        let places: Option<Vec<Gpa>> = (0..frames).map(machine).collect();
+        let places = places.ok_or(DmaError::Unreachable { physical: first })?;
+        let reference = self.references.take(frames).ok_or(DmaError::OutOfAddresses { wanted: frames * PAGE })?;
+        let reference = FIRST + reference as u32;
+        let permission = match access {
+            GrantAccess::Read => Permission::ReadOnly,
+            GrantAccess::ReadWrite => Permission::ReadWrite,
         };
-        for (reference, frame) in (reference..).zip(frames) {
-            let mapping = Mapping { addr: address(reference), gpa: Gpa(frame), len: PAGE as u64, permission };
+        for (reference, gpa) in (reference..).zip(places) {
+            let mapping = Mapping { addr: address(reference), gpa, len: PAGE as u64, permission };
             self.table.map_at(mapping).expect("a reference that nobody else has");
         }
-        Ok(BusAddr(address(reference).0 + offset))
+        Ok(reference)
     }
 
     /// Linux looks once whether the other side is still in there, and gives the device up if so. This waits.
-    fn revoke(&self, mapped: &Mapped) {
-        let (_, count) = frames(mapped.addr.0, mapped.len);
-        let reference = (mapped.addr.0 & !GRANT) as usize / PAGE;
-        for reference in reference..reference + count {
+    fn revoke(&self, first: u32, frames: usize) -> Result<(), DmaError> {
+        for reference in first..first + frames as u32 {
             self.table.unmap(address(reference), PAGE as u64).expect("what `grant` made");
         }
-        self.references().give_back(reference, count);
-    }
-
-    fn references(&self) -> std::sync::MutexGuard<'_, References> {
-        self.references.lock().unwrap_or_else(PoisonError::into_inner)
+        self.references.give_back((first - FIRST) as usize, frames);
+        Ok(())
     }
 }
 
-fn address(reference: usize) -> BusAddr {
-    BusAddr(GRANT | (reference * PAGE) as u64)
-}
-
-/// The offset in the first frame, and how many frames `len` bytes at `addr` are in.
-fn frames(addr: u64, len: usize) -> (u64, usize) {
-    let offset = addr % PAGE as u64;
-    (offset, (offset as usize + len).div_ceil(PAGE))
-}
-
-impl Mapper for Grants<'_> {
-    fn max_len(&self) -> usize {
-        (END - FIRST - 1) * PAGE
-    }
-
-    fn map(&self, buffer: Buffer<'_>, permission: Permission) -> Result<Mapped, DmaError> {
-        Ok(Mapped { addr: self.grant(buffer, permission)?, len: buffer.len(), cookie: 0 })
-    }
-
-    fn unmap(&self, mapped: Mapped, _: Buffer<'_>, _: Permission) {
-        self.revoke(&mapped);
-    }
-
-    fn allocate(&self, len: usize) -> Result<(Mapped, HostSlice<'_>), DmaError> {
-        let cookie = self.rings.take(len)?;
-        let buffer = self.rings.buffer().sub(cookie, len);
-        match self.grant(buffer, Permission::ReadWrite) {
-            Ok(addr) => Ok((Mapped { addr, len, cookie }, buffer.memory())),
-            Err(error) => {
-                self.rings.give_back(cookie, len);
-                Err(error)
-            }
-        }
-    }
-
-    fn free(&self, mapped: Mapped) {
-        self.revoke(&mapped);
-        self.rings.give_back(mapped.cookie, mapped.len);
-    }
-}
-
-/// Which references are in use. One that was given back comes round again as late as possible.
-#[derive(Debug)]
-struct References {
-    used: [bool; END],
-    next: usize,
-}
-
-impl References {
-    fn new() -> Self {
-        Self { used: [false; END], next: FIRST }
-    }
-
-    fn take(&mut self, count: usize) -> Option<usize> {
-        let last = END.checked_sub(count)?;
-        let is_free = |&first: &usize| self.used[first..first + count].iter().all(|used| !used);
-        let first = (self.next..=last).chain(FIRST..=last).find(is_free)?;
-        self.used[first..first + count].fill(true);
-        self.next = first + count;
-        Some(first)
-    }
-
-    fn give_back(&mut self, first: usize, count: usize) {
-        self.used[first..first + count].fill(false);
-    }
+fn address(reference: u32) -> BusAddr {
+    Grants::<GuestGrants<'_>>::address(reference)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{Area, Bus, Trace};
-    use ringfence_dma::{Access, Coherent, FaultReason, FromDevice, Memory, Stop, Streaming, ToDevice, Visit};
+    use ringfence_dma::{Access, Buffer, Coherent, FaultReason, FromDevice, Memory, Stop, Streaming, ToDevice, Visit};
+    use ringfence_driver::mapper::Paged;
     use ringfence_policy::Platform;
 
     fn refused(bus: &mut Bus, addr: BusAddr, access: Access) -> FaultReason {
@@ -153,7 +79,7 @@ mod tests {
     fn a_grant_is_one_piece_for_the_device_and_is_gone_when_it_is_revoked() {
         let machine = Arc::new(Machine::new(Platform::XenGrants));
         let table = Arc::new(Domain::default());
-        let grants = Grants::new(Arc::clone(&table), &machine, machine.buffer(Area::RINGS));
+        let grants = Paged::strict(GuestGrants::new(Arc::clone(&table), &machine), machine.buffer(Area::RINGS));
         let mut bus = Bus::through(&table, &machine, &Trace::default());
 
         // Three frames, which are nowhere near each other in the machine.
@@ -173,7 +99,7 @@ mod tests {
         assert_eq!(refused(&mut bus, read.addr(), Access::Write), FaultReason::Forbidden);
         // A frame is not reached by its number, the guest's or the machine's.
         let machine_addr = machine.machine_addr(buffer.physical()).unwrap();
-        for addr in [buffer.physical().0, machine_addr, GRANT | buffer.physical().0] {
+        for addr in [buffer.physical().0, machine_addr, 1 << 63 | buffer.physical().0] {
             assert_eq!(refused(&mut bus, BusAddr(addr), Access::Read), FaultReason::Unmapped);
         }
         assert_eq!(table.faults().total, 5);
@@ -185,7 +111,7 @@ mod tests {
     fn references_run_out_and_come_back() {
         let machine = Machine::new(Platform::XenGrants);
         let table = Arc::new(Domain::default());
-        let grants = Grants::new(Arc::clone(&table), &machine, machine.buffer(Area::RINGS));
+        let grants = Paged::strict(GuestGrants::new(Arc::clone(&table), &machine), machine.buffer(Area::RINGS));
         let buffer = machine.buffer(Area::BUFFERS);
         let full = Some(DmaError::OutOfAddresses { wanted: buffer.len() });
         let mut held = Vec::new();
@@ -195,7 +121,7 @@ mod tests {
                 error => break error.err(),
             }
         };
-        assert_eq!((held.len(), error), ((END - FIRST) * PAGE / buffer.len(), full));
+        assert_eq!((held.len(), error), (COUNT * PAGE / buffer.len(), full));
         assert_eq!(Coherent::allocate(&grants, PAGE).err(), Some(DmaError::OutOfAddresses { wanted: PAGE }));
         drop(held);
         assert!(Streaming::map(&grants, buffer, ToDevice).is_ok());

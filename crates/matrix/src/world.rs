@@ -2,8 +2,8 @@
 
 use crate::wrapped::Plain;
 use crate::{
-    Area, Attached, Bus, Case, Damage, DriverKind, FrameTable, Grants, Halt, Machine, OWN, PAGE, Slot, Touch, Trace,
-    XenDma,
+    Area, Attached, Bus, Case, Damage, DriverKind, GuestFrames, GuestGrants, Halt, Machine, OWN, PAGE, Slot, Touch,
+    Trace,
 };
 use ringfence_device::Device;
 use ringfence_device::blk::{self, Blk as Disk};
@@ -12,7 +12,7 @@ use ringfence_device::storage::{Memory as MemoryDisk, Storage};
 use ringfence_dma::{Buffer, BusAddr, DmaError, Fault, Gpa, HostSlice, Mapped, Mapper, Permission};
 use ringfence_driver::blk::{Blk, BlkError, Options};
 use ringfence_driver::embedded::{Embedded, EmbeddedError};
-use ringfence_driver::mapper::Direct;
+use ringfence_driver::mapper::{Direct, FrameTable, Paged, Xen};
 use ringfence_driver::{Host, StartError};
 use ringfence_iommu::{Domain, Faults, Mapping, Strict, Window};
 use ringfence_policy::{Addressing, Allow, DeviceKind, DriverPolicy, IommuMode, Platform, Reach, Refusal};
@@ -58,9 +58,14 @@ pub trait Parts {
     fn dma_api<'w>(&self, case: Case, world: &'w World) -> Result<Box<dyn Mapper + 'w>, DmaError> {
         let rings = world.machine.buffer(Area::RINGS);
         Ok(match (&world.domain, case.platform) {
-            (Some(table), Platform::XenGrants) => Box::new(Grants::new(Arc::clone(table), &world.machine, rings)),
+            (Some(table), Platform::XenGrants) => {
+                Box::new(Paged::strict(GuestGrants::new(Arc::clone(table), &world.machine), rings))
+            }
             (Some(domain), _) => Box::new(Strict::new(Arc::clone(domain), rings)),
-            (None, Platform::Xen) => Box::new(XenDma::new(&world.frames, world.machine.buffer(Area::BOUNCE))?),
+            (None, Platform::Xen) => {
+                let pool = world.machine.buffer(Area::BOUNCE);
+                Box::new(Xen::new(&world.frames, pool, pool.len())?)
+            }
             (None, _) => Box::new(Direct::new(rings)),
         })
     }
@@ -83,7 +88,7 @@ pub struct World {
     /// the guest's own addresses.
     pub assigned: Option<Arc<Domain>>,
     /// Where the guest's frames are in the machine.
-    pub frames: FrameTable,
+    pub frames: FrameTable<GuestFrames>,
     /// Where the device's accesses went.
     pub trace: Trace,
 }
@@ -95,7 +100,7 @@ impl World {
         Self {
             domain: window(platform).map(|window| Arc::new(Domain::new(window))),
             assigned: (platform == Platform::XenGrants).then(|| Arc::new(assigned(&machine))),
-            frames: FrameTable::new(&machine),
+            frames: FrameTable::new(GuestFrames(Arc::clone(&machine))),
             trace: Trace::default(),
             machine,
         }

@@ -161,6 +161,11 @@ pub enum DeviceError {
     },
     /// Something was used while the device has nothing.
     NothingUnderWay,
+    /// Something was used, and then was not (a packed ring alone can say so).
+    Unused {
+        /// The descriptor that said so.
+        place: u16,
+    },
     /// A chain that can't exist was used.
     NoSuchChain {
         /// The id that the device wrote.
@@ -644,15 +649,39 @@ impl<T> Chains<T> {
         Self { entries: entries.collect(), links: (1..=size).collect(), next: 0, free: size, size }
     }
 
-    /// All are free, in their first order, and none is in the ring's memory.
+    /// All are free, and none is in the ring's memory. Those that the device had come last: one that uses them after all,
+    /// which it must not, is found out for as long as there are others.
     fn reset(&mut self) {
         let Self { entries, links, next, free, size } = self;
+        let under_way = |entries: &[Entry<T>], id: u16| entries[usize::from(id)].taken != 0;
+        let mut kept = 0;
+        for id in (0..*size).filter(|&id| under_way(entries, id)) {
+            let mut at = id;
+            kept += 1;
+            while at != entries[usize::from(id)].last {
+                at = links[usize::from(at)];
+                kept += 1;
+            }
+        }
+        // The list of the free ones, whatever `free` says of a broken queue; then those of each chain.
+        let mut tail = None;
+        let mut at = *next;
+        for _ in kept..*size {
+            tail = Some(at);
+            at = links[usize::from(at)];
+        }
+        for id in (0..*size).filter(|&id| under_way(entries, id)) {
+            match tail {
+                None => *next = id,
+                Some(tail) => links[usize::from(tail)] = id,
+            }
+            tail = Some(entries[usize::from(id)].last);
+        }
+        *free = *size;
         for (id, entry) in (0..).zip(entries) {
             let Entry { last, middle, taken, writable, standing, record: _ } = entry;
             (*last, *middle, *taken, *writable, *standing) = (id, id, 0, 0, Standing::Nowhere);
         }
-        (1..).zip(links).for_each(|(id, link)| *link = id);
-        (*next, *free) = (0, *size);
     }
 
     #[inline]
@@ -770,6 +799,7 @@ impl fmt::Display for DeviceError {
                 write!(f, "the used index is {index}, with {next} next and {under_way} under way")
             }
             DeviceError::NothingUnderWay => f.write_str("a chain was used and none is under way"),
+            DeviceError::Unused { place } => write!(f, "descriptor {place} was used, and then was not"),
             DeviceError::NoSuchChain { id, size } => write!(f, "chain {id} was used in a queue of {size}"),
             DeviceError::NotUnderWay { id } => write!(f, "chain {id} was used and is not under way"),
             DeviceError::WrittenTooMuch { id, written, writable } => {

@@ -2,12 +2,14 @@
 
 use super::record::{Kind, Record};
 use super::{Answer, BlkError, Completion, Geometry, Limits, Request, RequestError, RequestId, SECTOR};
+use crate::Transport;
 use crate::loans::{self, Loans};
 use crate::queue::{self, Pieces};
+use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use core::convert::Infallible;
 use ringfence_dma::{Access, Buffer, DmaError, Loan, Mapper};
-use ringfence_ring::{AddError, Descriptor, Framed, Indirect, Layout, Token};
+use ringfence_ring::{AddError, Descriptor, Framed, Indirect, Token};
 use virtio_spec::blk::T as Type;
 
 /// Why a queue did not do as asked; it has no way to a device that could fail.
@@ -19,6 +21,7 @@ pub type QueueError = BlkError<Infallible>;
 /// then [`publish`](Self::publish)ed, which says whether to ring.
 #[derive(Debug)]
 pub struct Queue<'a, M: Mapper + ?Sized> {
+    number: u16,
     /// With what is kept beside each chain.
     ring: queue::Queue<'a, M, Slot<'a, M>>,
     mapper: &'a M,
@@ -30,6 +33,9 @@ pub struct Queue<'a, M: Mapper + ?Sized> {
     generation: u64,
     /// The answer to the last [`Request::Id`].
     name: [u8; 20],
+    /// Completions that nobody has heard of yet: of requests that ended while somebody waited for another one, or that a
+    /// restart has lost.
+    finished: VecDeque<Completion>,
     /// Numbers that no slot has: see [`Self::set_aside`].
     spare: Vec<u16>,
     /// For putting a chain together that is not the usual one.
@@ -64,6 +70,7 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     }
 
     pub(super) fn new(
+        number: u16,
         mapper: &'a M,
         ring: queue::Queue<'a, M>,
         records: Pieces<'a, M>,
@@ -79,6 +86,7 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
             loans: Loans::with_capacity(limits.segments),
         };
         Self {
+            number,
             ring: ring.keeping(slot),
             mapper,
             geometry,
@@ -86,6 +94,7 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
             longest: limits.piece as u64 / SECTOR,
             generation: 0,
             name: [0; 20],
+            finished: VecDeque::with_capacity(depth.into()),
             // Up to 65535.
             spare: (depth..=depth + (depth - 1)).collect(),
             chain: Vec::with_capacity(usize::from(limits.segments) + 2),
@@ -98,7 +107,8 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
         2 * self.depth()
     }
 
-    /// Whether [`poll`](Self::poll) will have something: a look at one word, for who looks again and again.
+    /// Whether [`poll`](Self::poll) will have something: a look at one word, for who looks again and again. What a
+    /// [restart](Self::restart) has lost is not counted.
     #[inline]
     pub fn has_used(&self) -> bool {
         self.ring.ring.has_used()
@@ -120,7 +130,21 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     /// Any [`BlkError`] but [`BlkError::Failed`]; nothing was put on its way then.
     #[inline]
     pub fn submit(&mut self, request: Request<'_, 'a>) -> Result<RequestId, QueueError> {
+        self.put_if_room(request)
+    }
+
+    #[inline(always)]
+    pub(super) fn put_if_room<E>(&mut self, request: Request<'_, 'a>) -> Result<RequestId, BlkError<E>> {
+        if !self.finished.is_empty() && self.is_crowded() {
+            return Err(BlkError::Busy);
+        }
         self.put(request)
+    }
+
+    /// Completions that nobody polls count too: they are kept, in room of a limited size.
+    #[cold]
+    fn is_crowded(&self) -> bool {
+        self.ring.ring.poison().is_none() && self.finished.len() + self.under_way() >= self.depth()
     }
 
     #[inline(always)]
@@ -183,7 +207,30 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     /// [`BlkError::Broken`].
     #[inline]
     pub fn poll(&mut self) -> Result<Option<Completion>, QueueError> {
-        self.reap()
+        self.next()
+    }
+
+    /// The next that came to its end.
+    #[inline(always)]
+    pub(super) fn next<E>(&mut self) -> Result<Option<Completion>, BlkError<E>> {
+        match self.finished.is_empty() {
+            true => self.reap(),
+            false => Ok(self.kept()),
+        }
+    }
+
+    /// One that came to its end before, and was set aside.
+    #[cold]
+    fn kept(&mut self) -> Option<Completion> {
+        let completion = self.finished.pop_front()?;
+        // Its number is heard of now, and may be another's.
+        self.spare.push(completion.id.slot);
+        Some(completion)
+    }
+
+    /// Whether one is kept that nobody has heard of.
+    pub(super) fn keeps_some(&self) -> bool {
+        !self.finished.is_empty()
     }
 
     /// Asks the device to tell of the next request that ends. `true`: one has, so poll instead of sleeping.
@@ -191,7 +238,7 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     /// # Errors
     /// [`BlkError::Broken`].
     pub fn listen(&mut self) -> Result<bool, QueueError> {
-        self.listen_for()
+        Ok(self.listen_for()? || self.keeps_some())
     }
 
     pub(super) fn listen_for<E>(&mut self) -> Result<bool, BlkError<E>> {
@@ -203,24 +250,29 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
         self.ring.ring.disable_callbacks();
     }
 
-    /// Where the ring is.
-    pub(super) fn layout(&self) -> Layout {
-        self.ring.layout
-    }
-
-    /// Begins anew with a ring that the device has let go of: what was lent is taken back. `ended` hears of requests that
-    /// somebody still wants to hear of; each is set aside.
-    pub(super) fn restart(&mut self, mut ended: impl FnMut(Completion)) {
-        let Self { ring, spare, .. } = self;
+    /// Has the device reset this queue alone, and go on with it; see [`Blk::restart`](super::Blk::restart), which does so
+    /// with all of them. `transport` is the disk's, as [`Blk::split`](super::Blk::split) has it: what was lent is taken back
+    /// when that says that the queue was reset, and not before.
+    ///
+    /// # Errors
+    /// [`BlkError::NeedsReset`], and [`BlkError::Transport`]: also where single queues can't be reset. As long as the disk does
+    /// not confirm, it keeps what it has.
+    pub fn restart<T: Transport>(&mut self, transport: &mut T) -> Result<(), BlkError<T::Error>> {
+        if let Some(status) = transport.needs_reset().map_err(BlkError::Transport)? {
+            return Err(BlkError::NeedsReset { status });
+        }
+        transport.reset_queue(self.number).map_err(BlkError::Transport)?;
+        let Self { ring, spare, finished, .. } = self;
         ring.ring.reset(|_, slot| {
             slot.loans.take_back();
             if slot.kind != Kind::Abandoned {
                 let id = RequestId { slot: slot.number, generation: slot.generation };
                 slot.number = spare.pop().expect("no more are kept than there are slots");
-                ended(Completion { id, result: Err(RequestError::Lost) });
+                finished.push_back(Completion { id, result: Err(RequestError::Lost) });
             }
         });
         ring.ring.disable_callbacks();
+        transport.start_queue(self.number, &ring.layout).map_err(BlkError::Transport)
     }
 
     /// Gives up for lost whatever the device may still touch.
@@ -390,16 +442,12 @@ impl<'a, M: Mapper + ?Sized> Queue<'a, M> {
     }
 
     /// Nobody hears yet of this request, which was reaped last. The ring has its slot to give away again, and so the slot
-    /// gets another number: the request keeps its own until [`Self::give_back`].
-    pub(super) fn set_aside(&mut self, id: RequestId) {
+    /// gets another number: the request keeps its own until it is heard of.
+    pub(super) fn set_aside(&mut self, completion: Completion) {
         let number = self.spare.pop().expect("no more are kept than there are slots");
-        let slot = self.ring.ring.records().find(|slot| slot.number == id.slot);
+        let slot = self.ring.ring.records().find(|slot| slot.number == completion.id.slot);
         slot.expect("it was just there").number = number;
-    }
-
-    /// The number of a request that was set aside, and heard of now.
-    pub(super) fn give_back(&mut self, id: RequestId) {
-        self.spare.push(id.slot);
+        self.finished.push_back(completion);
     }
 
     /// Nobody will ever want to hear of this request.

@@ -52,6 +52,11 @@ impl<G: GrantTable> Grants<G> {
         &self.table
     }
 
+    /// The bus address of a frame that is granted under this reference.
+    pub fn address(reference: u32) -> BusAddr {
+        BusAddr(GRANT | (u64::from(reference) * FRAME as u64))
+    }
+
     /// The reference in a bus address.
     pub fn reference(addr: BusAddr) -> u32 {
         ((addr.0 & !GRANT) / FRAME as u64) as u32
@@ -77,7 +82,7 @@ impl<G: GrantTable> Pages for Grants<G> {
             Permission::WriteOnly | Permission::ReadWrite => GrantAccess::ReadWrite,
         };
         let reference = self.table.grant(physical, frames, access)?;
-        Ok(BusAddr(GRANT | (u64::from(reference) * FRAME as u64)))
+        Ok(Self::address(reference))
     }
 
     fn hide(&self, runs: &[Run]) -> Result<(), DmaError> {

@@ -51,23 +51,28 @@ pub struct Paged<'a, P: Pages> {
 }
 
 impl<'a, P: Pages> Paged<'a, P> {
-    /// Hides each buffer when it comes back. `coherent` is memory set aside for rings.
-    ///
-    /// Panics where `coherent` does not start on a page.
+    /// Hides each buffer when it comes back. `coherent` is memory set aside for rings: what of it is no whole page of
+    /// [`Pages::page`], or of 4096 bytes where those are shorter, stays unused.
     pub fn strict(pages: P, coherent: Buffer<'a>) -> Self {
         Self::new(pages, coherent, 0)
     }
 
     /// Hides buffers once `batch` of them came back, or [`flush`](Self::flush) is called, or addresses run out.
     ///
-    /// Panics as [`strict`](Self::strict) does, and for an empty batch.
+    /// Panics for an empty batch. See [`strict`](Self::strict) for the rest.
     pub fn batched(pages: P, coherent: Buffer<'a>, batch: usize) -> Self {
         assert!(batch > 0, "an empty batch");
         Self::new(pages, coherent, batch)
     }
 
     fn new(pages: P, coherent: Buffer<'a>, batch: usize) -> Self {
-        let coherent = Pool::new(coherent, pages.page().max(PAGE));
+        let page = pages.page().max(PAGE);
+        let before = (coherent.physical().0.wrapping_neg() % page as u64) as usize;
+        let coherent = match coherent.len().checked_sub(before) {
+            Some(rest) if rest >= page => Pool::new(coherent.sub(before, rest), page),
+            // How long a page is can be for a device to say (virtio-iommu): there is no room for rings, and no reason to stop.
+            _ => Pool::new(coherent.sub(0, 0), 1),
+        };
         let pending = Lock::new(Vec::with_capacity(batch));
         Self { pages, coherent, batch, pending, lost: AtomicUsize::new(0) }
     }
@@ -174,5 +179,45 @@ impl<P: Pages> Mapper for Paged<'_, P> {
 impl<P: Pages> Drop for Paged<'_, P> {
     fn drop(&mut self) {
         self.flush();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ringfence_dma::{Coherent, Ram};
+
+    struct Long(usize);
+
+    impl Pages for Long {
+        fn page(&self) -> usize {
+            self.0
+        }
+
+        fn max_len(&self) -> usize {
+            2 * self.0
+        }
+
+        fn show(&self, physical: Gpa, _: usize, _: Permission) -> Result<BusAddr, DmaError> {
+            Ok(BusAddr(physical.0))
+        }
+
+        fn hide(&self, _: &[Run]) -> Result<(), DmaError> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn rings_have_whole_pages_or_none_whatever_a_page_is() {
+        let ram = Ram::new(9 * PAGE);
+        let memory = Buffer::new(ram.slice(0, 9 * PAGE), Gpa(PAGE as u64));
+        for (page, rings) in [(64, 9), (PAGE, 9), (2 * PAGE, 4), (4 * PAGE, 1), (8 * PAGE, 0), (1 << 30, 0)] {
+            let mapper = Paged::strict(Long(page), memory);
+            let held: Vec<_> = (0..20).map_while(|_| Coherent::allocate(&mapper, 1).ok()).collect();
+            assert_eq!(held.len(), rings, "pages of {page}");
+            assert!(held.iter().all(|ring| ring.addr().0.is_multiple_of(page as u64)));
+            let full = Some(DmaError::PoolFull { wanted: 1, free: 0 });
+            assert_eq!(Coherent::allocate(&mapper, 1).err(), full);
+        }
     }
 }

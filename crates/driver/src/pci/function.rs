@@ -16,7 +16,12 @@ pub trait Function {
     /// Writes 32 bits of the configuration space. `offset` is a multiple of 4.
     fn write(&mut self, offset: u8, value: u32);
 
-    /// Maps `len` bytes at `offset` of a memory BAR, uncached. They lie within it. `None`: that can't be had here.
+    /// Maps `len` bytes at `offset` of a memory BAR, uncached. They lie within it, and its address and length are no
+    /// overflow. `None`: that can't be had here.
+    ///
+    /// Where a BAR is, the function says itself, if nobody else does ([`bar`](Self::bar)). One that lies can name any
+    /// address, such as that of the kernel's own memory, which would then be written to as registers are: map what is in the
+    /// windows of its bridge, and nothing else.
     fn map(&mut self, bar: Bar, offset: u64, len: usize) -> Option<Self::Registers>;
 
     /// The BAR `index`, 0 to 5: none where the function has no such one, or it is the upper half of another.

@@ -324,3 +324,41 @@ fn a_device_without_queue_resets_is_not_asked_for_one() {
         assert_eq!(rng.fill(world.buffer(0, 8)), Ok(8));
     });
 }
+
+/// A device that says that it filled a buffer, and wrote nothing: what was there before is not passed off as its answer, to
+/// be sent on by somebody.
+#[test]
+fn what_a_device_did_not_write_is_zero() {
+    for device in [1, 3, 4] {
+        for mapping in [Mapping::Dynamic, Mapping::Bounce] {
+            let world = World::new();
+            // It writes nothing, and claims all of it.
+            let mut peer = Peer::new(&world, device, 2, 0, |queue, _, _| (queue == 0).then(Vec::new));
+            peer.boast = true;
+            let mut transport = peer.embedded(IommuMode::Offer);
+            world.with_mapper(mapping, |mapper| {
+                let host = new_driver(mapper);
+                let secret = world.buffer(0, 2000);
+                secret.memory().fill(0x5e);
+                let len = match device {
+                    1 => {
+                        let mut card = Net::start(&mut transport, host, Options::default()).unwrap();
+                        card.offer(secret).unwrap();
+                        card.notify().unwrap();
+                        card.wait().unwrap();
+                        card.received().unwrap().unwrap().len
+                    }
+                    3 => {
+                        let mut console = Console::start(&mut transport, host).unwrap();
+                        console.offer(secret).unwrap();
+                        console.notify().unwrap();
+                        console.wait().unwrap();
+                        console.received().unwrap().unwrap().len
+                    }
+                    _ => Rng::start(&mut transport, host).unwrap().fill(secret).unwrap(),
+                };
+                assert_eq!((len, bytes(secret)), (2000, vec![0; 2000]), "device {device}, {mapping:?}");
+            });
+        }
+    }
+}

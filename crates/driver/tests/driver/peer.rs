@@ -43,6 +43,8 @@ pub(crate) struct Peer<'p> {
     pub(crate) careless: bool,
     /// Once.
     committed: bool,
+    /// Says that it filled whatever it may write.
+    pub(crate) boast: bool,
     /// Bytes fewer that it says that it wrote.
     pub(crate) modest: u32,
     addressing: Option<Addressing>,
@@ -78,6 +80,7 @@ impl<'p> Peer<'p> {
             crime: Crime::None,
             careless: false,
             committed: false,
+            boast: false,
             modest: 0,
             addressing: None,
             resets: 0,
@@ -140,6 +143,7 @@ impl<'p> Peer<'p> {
             worked = true;
             let written = match self.crime {
                 Crime::TooMuch => chain.writable_len() + 1,
+                _ if self.boast => chain.writable_len(),
                 _ => bytes.len() as u32 - self.modest,
             };
             if let Crime::None | Crime::TooMuch | Crime::Twice = self.crime {

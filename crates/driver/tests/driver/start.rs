@@ -22,6 +22,8 @@ enum Lie {
     FeaturesRefused,
     /// DRIVER_OK ends in DEVICE_NEEDS_RESET.
     NeedsReset,
+    /// With DRIVER_OK it takes FEATURES_OK back.
+    Forgetful,
     /// The configuration changes all the time.
     Unsteady,
     NoQueue,
@@ -61,6 +63,7 @@ impl Transport for Recorder {
         Ok(match self.lie {
             Lie::FeaturesRefused => status - DeviceStatus::FEATURES_OK,
             Lie::NeedsReset if status.contains(DeviceStatus::DRIVER_OK) => status | DeviceStatus::DEVICE_NEEDS_RESET,
+            Lie::Forgetful if status.contains(DeviceStatus::DRIVER_OK) => status - DeviceStatus::FEATURES_OK,
             _ => status,
         })
     }
@@ -194,6 +197,11 @@ fn what_a_disk_says_of_itself_is_checked() {
     }
     let odd = started(DISK_FEATURES | PACKED, IommuMode::Offer, Lie::OddQueue, |disk, _| drop(disk.unwrap()));
     assert!(odd.says("queue of 64"), "{:?}", odd.log);
+    let forgetful = started(DISK_FEATURES, IommuMode::Offer, Lie::Forgetful, |disk, world| {
+        assert_eq!(disk.err(), Some(StartError::Broken { status: 0x7 }));
+        assert_eq!(world.domain.mapped(), 0);
+    });
+    assert_eq!(forgetful.log.last().unwrap(), "reset");
     started(DISK_FEATURES, IommuMode::Offer, Lie::Unsteady, |disk, _| {
         assert!(matches!(disk.err(), Some(StartError::Config { field: "config_generation", .. })));
     });

@@ -18,6 +18,8 @@ pub(super) struct Ring {
     /// Where the device writes its next used descriptor, and the flags that it then has. [`BROKEN`]: never.
     taken: u16,
     used: u64,
+    /// Where something used was seen and not taken yet, in this lap. [`NOWHERE`]: nothing was.
+    seen: u32,
     /// How many entries were ever added, and how many had been when the device was last told or found not to care.
     count: u64,
     told: u64,
@@ -28,6 +30,9 @@ const TURN: u64 = ((AVAIL | USED) as u64) << 48;
 
 /// No flags are this.
 const BROKEN: u64 = 1;
+
+/// No place is this.
+const NOWHERE: u32 = u32::MAX;
 
 const fn word(flags: u16) -> u64 {
     (flags as u64) << 48
@@ -42,6 +47,7 @@ impl Ring {
             lap: word(Cursor::START.available_flags()),
             taken: 0,
             used: word(Cursor::START.used_flags()),
+            seen: NOWHERE,
             count: 0,
             told: 0,
         }
@@ -176,7 +182,7 @@ impl Ring {
         // flags speak of the rest.
         let rest = self.next(cells, Ordering::Acquire);
         if rest & TURN != self.used {
-            return Ok(None);
+            return if self.seen == u32::from(self.taken) { Err(self.unused(chains)) } else { Ok(None) };
         }
         match chains.take((rest >> 32) as u32 & 0xffff, rest as u32) {
             Ok((returned, entries, record)) => {
@@ -199,13 +205,23 @@ impl Ring {
     /// Nothing is taken any more, and there is nothing to tell of.
     #[cold]
     fn break_down(&mut self) {
-        (self.used, self.told) = (BROKEN, self.count);
+        (self.used, self.seen, self.told) = (BROKEN, NOWHERE, self.count);
+    }
+
+    /// A device may not take back what it used: whoever looks again and again for what is said to be there would never
+    /// come to an end, nor wait.
+    #[cold]
+    fn unused<T>(&mut self, chains: &mut Chains<T>) -> DeviceError {
+        self.break_down();
+        chains.free = 0;
+        DeviceError::Unused { place: self.taken }
     }
 
     #[cold]
     fn end_lap(&mut self, after: u32) {
         self.taken = (after - u32::from(self.size)) as u16;
         self.used ^= TURN;
+        self.seen = NOWHERE;
     }
 
     /// The second word of what the device used next, or did not.
@@ -244,7 +260,11 @@ impl Ring {
                 chains.free = 0;
                 Err(DeviceError::NothingUnderWay)
             }
-            more => Ok(more),
+            true => {
+                self.seen = self.taken.into();
+                Ok(true)
+            }
+            false => Ok(false),
         }
     }
 }

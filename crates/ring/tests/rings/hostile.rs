@@ -279,3 +279,77 @@ fn nothing_is_pushed_that_was_not_popped() {
         assert_eq!(queue.position(), Position::start(format));
     }
 }
+
+/// Whoever is told that something was used looks for it without waiting, and would look for ever.
+#[test]
+fn what_was_used_stays_used() {
+    let rules = Rules { format: Format::Packed, ..Rules::default() };
+    let world = World::new(Kind::Flat, rules, 4, 0);
+    let mut queue = DriverQueue::new(rules, 4, world.cells()).unwrap();
+    let buffer = Descriptor { addr: BusAddr(0x1000), len: 4, access: Access::Write };
+    let flags = |place: usize, flags| world.slices().descriptors.store_u16(16 * place + 14, flags, Ordering::Relaxed);
+    // Over more than a lap: a place that was seen in one lap says nothing of the next.
+    for turn in 0..9 {
+        queue.add(&[buffer], None).unwrap();
+        assert_eq!(queue.enable_callbacks(), Ok(false));
+        assert_eq!(queue.take_used(), Ok(None), "nothing yet, and nothing wrong");
+        let (place, used) = (turn % 4, if turn / 4 % 2 == 0 { 0x8080 } else { 0 });
+        world.slices().descriptors.store_u16(16 * place + 12, 0, Ordering::Relaxed);
+        flags(place, used);
+        assert_eq!(queue.enable_callbacks(), Ok(true));
+        if turn == 8 {
+            flags(place, 0x80);
+        } else {
+            assert!(queue.take_used().unwrap().is_some());
+        }
+    }
+    let error = DeviceError::Unused { place: 0 };
+    assert_eq!(queue.take_used(), Err(error));
+    assert_eq!(queue.enable_callbacks(), Err(error));
+    assert_eq!(queue.add(&[buffer], None), Err(AddError::Poisoned(error)));
+}
+
+/// A device that goes on with a chain after its queue was reset: what it says of that one is not taken for another's.
+#[test]
+fn a_chain_of_before_a_reset_is_not_taken_for_a_later_one() {
+    for format in [Format::Split, Format::Packed] {
+        for indirect in [Indirect::Refused, Indirect::Allowed] {
+            let rules = Rules { format, indirect, ..Rules::default() };
+            let world = World::new(Kind::Flat, rules, 8, 2);
+            let buffers =
+                [Access::Read, Access::Write].map(|access| Descriptor { addr: BusAddr(0x1000), len: 4, access });
+            let table = |number| (indirect == Indirect::Allowed).then(|| world.table(number));
+            // Once more when one was lost before, and once more when the queue broke.
+            for resets in 1..4 {
+                let mut queue = DriverQueue::new(rules, 8, world.cells()).unwrap();
+                let late = queue.add(&buffers, table(0)).unwrap();
+                for _ in 0..resets {
+                    let mut lost = Vec::new();
+                    queue.reset(|token, ()| lost.push(token));
+                    assert!(lost.len() <= 1);
+                }
+                queue.add(&buffers, table(1)).unwrap();
+                queue.publish();
+                let id = late.index() as u16;
+                let (descriptors, device) = (world.slices().descriptors, world.slices().device);
+                match format {
+                    Format::Split => {
+                        device.store_u32(4, id.into(), Ordering::Relaxed);
+                        device.store_u16(2, 1, Ordering::Relaxed);
+                    }
+                    Format::Packed => {
+                        descriptors.store_u16(12, id, Ordering::Relaxed);
+                        descriptors.store_u16(14, 0x8080, Ordering::Relaxed);
+                    }
+                }
+                assert_eq!(queue.take_used(), Err(DeviceError::NotUnderWay { id }), "{rules:?}");
+                // All of them are there again, each once.
+                queue.reset(|_, ()| {});
+                let mut all: Vec<_> = (0..8).map(|_| queue.add(&buffers[..1], None).unwrap()).collect();
+                all.sort_unstable_by_key(|token| token.index());
+                all.dedup();
+                assert_eq!((all.len(), queue.free()), (8, 0));
+            }
+        }
+    }
+}

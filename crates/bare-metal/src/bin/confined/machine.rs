@@ -4,6 +4,7 @@ use core::cell::UnsafeCell;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU8, Ordering};
 
+use ringfence_bare_metal::memory;
 use ringfence_bare_metal::pci::{self, Place};
 use ringfence_dma::{Buffer, Gpa, HostSlice, RegisterWindow};
 use ringfence_driver::Spin;
@@ -23,7 +24,8 @@ struct Memory<const SIZE: usize>(UnsafeCell<[u8; SIZE]>);
 unsafe impl<const SIZE: usize> Sync for Memory<SIZE> {}
 
 static OWN: Memory<{ MIB / 4 }> = Memory(UnsafeCell::new([0; _]));
-static RINGS: Memory<{ MIB / 4 }> = Memory(UnsafeCell::new([0; _]));
+/// Enough where an IOMMU has pages of 64 KiB, too: each piece of a ring has some of its own.
+static RINGS: Memory<MIB> = Memory(UnsafeCell::new([0; _]));
 static DATA: Memory<MIB> = Memory(UnsafeCell::new([0; _]));
 
 /// One of three pieces of memory.
@@ -44,7 +46,7 @@ pub(crate) fn take(pages: Pages) -> Buffer<'static> {
     assert!(TAKEN.fetch_or(bit, Ordering::Relaxed) & bit == 0, "taken before");
     let (start, len) = match pages {
         Pages::Own => (OWN.0.get().cast::<u8>(), MIB / 4),
-        Pages::Rings => (RINGS.0.get().cast(), MIB / 4),
+        Pages::Rings => (RINGS.0.get().cast(), MIB),
         Pages::Data => (DATA.0.get().cast(), MIB),
     };
     let start = NonNull::new(start).expect("a static is not at zero");
@@ -136,13 +138,13 @@ impl Function for Device {
     }
 
     fn map(&mut self, bar: Bar, offset: u64, len: usize) -> Option<RegisterWindow<'static>> {
-        let start = bar.address.checked_add(offset)?;
-        if bar.address == 0 || start.checked_add(len as u64)? > MAPPED {
+        let (first, end) = (bar.address + offset, bar.address + offset + len as u64);
+        // The function may say anything of its BARs.
+        if end > MAPPED || memory::ram().any(|range| first <= *range.end() && *range.start() < end) {
             return None;
         }
-        let start = NonNull::new(start as *mut u8)?;
-        // SAFETY: a BAR that the firmware has given an address, which `entry.s` maps to itself; `offset` and `len` are
-        // within it.
+        let start = NonNull::new(first as *mut u8)?;
+        // SAFETY: `entry.s` maps it to itself, and it is no memory.
         Some(unsafe { RegisterWindow::new(start, len) })
     }
 }

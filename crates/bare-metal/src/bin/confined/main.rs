@@ -44,6 +44,9 @@ const IOMMU: u16 = 23;
 /// How many pages each device may be shown at once: 16 MiB.
 const WINDOW: usize = 4096;
 
+/// More faults, or packets, than these are not looked at.
+const MOST: u32 = 1000;
+
 /// How long any of it may take.
 const PATIENCE: u32 = 100;
 
@@ -97,7 +100,8 @@ fn run() -> Result<(), Failure> {
     })?;
     if let Some(iommu) = iommu {
         let mut faults = 0;
-        while let Some(fault) = iommu.fault()? {
+        // One that tells of new ones all the time is not heard to its end.
+        while let (0..MOST, Some(fault)) = (faults, iommu.fault()?) {
             if faults == 0 {
                 tell("fault", format_args!("{fault:x?}"));
             }
@@ -330,10 +334,12 @@ fn ask_the_router<T: Transport<Error: 'static>>(
     card.offer(room)?;
     card.send(&[out])?;
     card.notify()?;
-    loop {
-        let Some(received) = card.received()? else {
-            card.wait()?;
-            continue;
+    for _ in 0..MOST {
+        let received = loop {
+            match card.received()? {
+                Some(received) => break received,
+                None => card.wait()?,
+            }
         };
         let mut reply = [0; 42];
         received.buffer.memory().read(0, &mut reply);
@@ -345,6 +351,7 @@ fn ask_the_router<T: Transport<Error: 'static>>(
         card.offer(received.buffer)?;
         card.notify()?;
     }
+    Err("other packets, and no reply".into())
 }
 
 /// Feature bits as Linux prints them: bit 0 first.

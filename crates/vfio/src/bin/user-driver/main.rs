@@ -5,6 +5,7 @@
 //! `ringfence.allow`; with `ringfence.haste` one that does not answer is given up after seconds.
 
 mod guest;
+mod in_flight;
 
 use ringfence_dma::{Buffer, BusAddr, DmaError, FromDevice, HostSlice, Mapped, Mapper, Permission, Streaming};
 use ringfence_driver::blk::{self, Blk};
@@ -57,12 +58,15 @@ fn run() -> Result<(), Failure> {
     for name in guest::devices(NET)? {
         behind(&name, |host, function, data| ask_the_router(host, function, data))?;
     }
-    let disk = guest::devices(DISK)?.into_iter().next().ok_or("no virtio disk on PCI")?;
+    let mut disks = guest::devices(DISK)?.into_iter();
+    let disk = disks.next().ok_or("no virtio disk on PCI")?;
     behind(&disk, |host, function, data| copy_about(host, function, data))?;
     behind(&disk, |host, function, data| match host.translated {
         Some(mapper) if !guest::is_allowed() => overstep(mapper, function, data),
         _ => Ok(()),
-    })
+    })?;
+    // A slow one, if there is one.
+    disks.try_for_each(|slow| behind(&slow, in_flight::reset))
 }
 
 /// Opens a function in an address space of its own, and shows it what is lent to it.
