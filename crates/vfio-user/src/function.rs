@@ -433,6 +433,8 @@ impl Function {
                 tracing::error!("an interrupt can't be set up: {error}");
             }
         }
+        // A queue may have left one pending that was on its way meanwhile.
+        self.msix.raise_pending();
     }
 
     /// After the client has changed how interrupts are told.

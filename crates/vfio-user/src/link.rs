@@ -1,7 +1,7 @@
 //! The way to the client, shared by the session's thread, which answers, and the queues', which ask.
 
 use crate::wire::{Answer, Command, Frame, Header, Kind, MAX_DATA};
-use ringfence_vhost_user::channel::{ChannelError, send_frame};
+use ringfence_vhost_user::channel::{ChannelError, SendError, Sender, send_frame};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub(crate) struct Link {
     /// Whole messages are sent under its lock.
-    main: Mutex<OwnedFd>,
+    main: Mutex<Sender>,
     asking: Mutex<Asking>,
     answered: Condvar,
 }
@@ -52,7 +52,7 @@ struct RawDma {
 impl Link {
     pub(crate) fn new(socket: OwnedFd) -> Self {
         let asking = Asking { twin: None, max: MAX_DATA, next: 0, open: BTreeMap::new(), hushed: 0 };
-        Self { main: Mutex::new(socket), asking: Mutex::new(asking), answered: Condvar::new() }
+        Self { main: Mutex::new(Sender::new(socket)), asking: Mutex::new(asking), answered: Condvar::new() }
     }
 
     fn asking(&self) -> MutexGuard<'_, Asking> {
@@ -66,10 +66,23 @@ impl Link {
         asking.twin = twin;
     }
 
-    /// Answers.
+    /// Answers. A client that does not read at once gets it when it does, by [`Link::flush`].
     pub(crate) fn send<E>(&self, frame: &Frame<'_>) -> Result<(), ChannelError<E>> {
-        let main = self.main.lock().unwrap_or_else(PoisonError::into_inner);
-        send_frame(main.as_fd(), frame)
+        self.main().send_soon(frame)
+    }
+
+    /// Whether there are answers that the client has no room for: poll for room, then [`Link::flush`].
+    pub(crate) fn is_backed_up(&self) -> bool {
+        self.main().is_backed_up()
+    }
+
+    /// Sends as much of them as there is room for. Never waits.
+    pub(crate) fn flush(&self) -> Result<(), SendError> {
+        self.main().flush()
+    }
+
+    fn main(&self) -> MutexGuard<'_, Sender> {
+        self.main.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The client answered.
@@ -142,10 +155,10 @@ impl Link {
         drop(asking);
         let sent: Result<(), ChannelError<()>> = match twin {
             Some(twin) => {
-                let _one_at_a_time = self.main.lock().unwrap_or_else(PoisonError::into_inner);
+                let _one_at_a_time = self.main();
                 send_frame(twin.as_fd(), &frame)
             }
-            None => self.send(&frame),
+            None => self.main().send(&frame),
         };
         let mut asking = self.asking();
         if sent.is_err() {

@@ -115,8 +115,8 @@ impl GrantError {
         match self {
             GrantError::Mapped { .. } => Errno::EXIST,
             GrantError::TooMany { .. } => Errno::NOSPC,
-            GrantError::NotMapped { .. } => Errno::NOENT,
-            GrantError::Cut { .. } => Errno::INVAL,
+            // There is no such grant either way.
+            GrantError::NotMapped { .. } | GrantError::Cut { .. } => Errno::NOENT,
             GrantError::File { error, .. } => match error {
                 MapError::NotWritable => Errno::ACCESS,
                 MapError::NotMappable => Errno::NODEV,

@@ -141,7 +141,6 @@ impl SessionError {
     pub fn errno(&self) -> Errno {
         match self {
             SessionError::Grant(error) => error.errno(),
-            SessionError::MaskEvents => Errno::NOTSUP,
             SessionError::MemoryLost => Errno::IO,
             SessionError::Resources(error) => Errno::from_io_error(error).unwrap_or(Errno::IO),
             _ => Errno::INVAL,
@@ -259,8 +258,10 @@ impl Session {
         let Capabilities { max_msg_fds, max_data_xfer_size, max_dma_maps, pgsizes, twin_socket, write_multiple } =
             capabilities;
         // What the client names is answered, and nothing else.
+        let max_fds = max_msg_fds.map_or(1, |max| usize::try_from(max).unwrap_or(MAX_FDS)).min(MAX_FDS);
         let (twin, theirs) = match twin_socket {
-            Some(TwinSocket { supported: true, .. }) => {
+            // It has to take a descriptor for it.
+            Some(TwinSocket { supported: true, .. }) if max_fds > 0 => {
                 let flags = SocketFlags::CLOEXEC;
                 let (ours, theirs) =
                     socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(io::Error::from)?;
@@ -272,7 +273,6 @@ impl Session {
         let max = max_data_xfer_size.map_or(MAX_DATA, |max| u32::try_from(max).unwrap_or(MAX_DATA));
         self.memory.link().set_up(max, asked);
         self.twin = twin;
-        let max_fds = max_msg_fds.map_or(1, |max| usize::try_from(max).unwrap_or(MAX_FDS)).min(MAX_FDS);
         self.negotiated = Negotiation::Done { max_fds };
         let capabilities = Capabilities {
             max_msg_fds: max_msg_fds.map(|_| MAX_FDS as u64),

@@ -132,7 +132,7 @@ impl Msix {
     }
 
     /// What was pending and can be raised now is.
-    fn raise_pending(&self) {
+    pub(super) fn raise_pending(&self) {
         for (number, vector) in self.vectors.iter().enumerate() {
             if let Some(line) = &vector.line
                 && !self.is_masked(number)
