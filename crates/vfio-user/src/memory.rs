@@ -216,7 +216,7 @@ impl Memory {
         }
         // Messages on their way are given up: whoever is to answer them waits for us.
         let _quiet = self.link.hush();
-        self.remote.change(|table| table.retain(|first, _| !taken.contains(first)));
+        self.remote.change(|table| taken.iter().for_each(|first| drop(table.remove(first))));
         let fence = self.iotlb.invalidate(first, last);
         self.wait(fence, hurry);
         taken.iter().for_each(|first| drop(self.grants.remove(first)));
