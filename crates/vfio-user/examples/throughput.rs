@@ -126,6 +126,7 @@ fn over_vfio_user(load: &Load, ringing: Ringing) -> f64 {
             queue_size: QUEUE,
             poll: POLL,
             io_timeout: Duration::from_secs(1),
+            vectors: None,
         };
         vfio_user::run(server, "blk", || Ok(disk(&storage)), options, end).expect("a server");
     };

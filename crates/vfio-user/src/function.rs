@@ -77,9 +77,9 @@ impl Function {
                 changed.ring();
             }
         }));
-        let vectors = layout::vectors(count);
+        let vectors = layout::vectors(count, options.vectors);
         Ok(Self {
-            config: ConfigSpace::new(device.id(), count, device.config().len()),
+            config: ConfigSpace::new(device.id(), vectors, device.config().len()),
             common: Common::new(),
             msix: Msix::new(vectors)?,
             queues: (0..count).map(|_| Queue::new(options.queue_size)).collect::<io::Result<_>>()?,

@@ -15,6 +15,7 @@ use ringfence_policy::IommuMode;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::io;
+use std::num::NonZeroU16;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,6 +41,8 @@ pub struct Options {
     pub poll: Duration,
     /// For how long storage that does not answer may keep a driver waiting for a reset. Not above three seconds.
     pub io_timeout: Duration,
+    /// The most MSI-X vectors there are. `None`: one for each queue and one for the configuration.
+    pub vectors: Option<NonZeroU16>,
 }
 
 /// The function's side of one connection.
@@ -369,6 +372,6 @@ fn act(msix: &mut Msix, action: Action, vector: u32) {
         Action::Mask => msix.set_masked(vector, true),
         Action::Unmask => msix.set_masked(vector, false),
         // There are no more vectors than the table has.
-        Action::Trigger => msix.trigger(vector as u16),
+        Action::Trigger => msix.try_out(vector as u16),
     }
 }

@@ -8,9 +8,10 @@ use ringfence_driver::mapper::Direct;
 use ringfence_driver::pci::{Interrupts, Pci};
 use ringfence_policy::IommuMode;
 use ringfence_vfio_user::client::Client;
-use ringfence_vfio_user::layout::{BAR_MSIX, BAR_VIRTIO, PENDING};
+use ringfence_vfio_user::layout::{BAR_MSIX, BAR_VIRTIO, CONFIG, PENDING};
 use ringfence_vfio_user::wire::{Action, IrqData, MAX_FDS, SetIrqs, index};
 use rustix::event::{EventfdFlags, eventfd};
+use std::num::NonZeroU16;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
@@ -36,8 +37,8 @@ fn wait_for(event: &OwnedFd, what: &str) {
 }
 
 /// Eventfds for all vectors, so many with one message.
-fn wire(client: &Client, at_once: usize) -> Vec<OwnedFd> {
-    let events: Vec<_> = (0..VECTORS).map(|_| event()).collect();
+fn wire(client: &Client, vectors: u32, at_once: usize) -> Vec<OwnedFd> {
+    let events: Vec<_> = (0..vectors).map(|_| event()).collect();
     for (number, some) in events.chunks(at_once).enumerate() {
         let (start, count) = ((number * at_once) as u32, some.len() as u32);
         let data = IrqData::EventFds(some.iter().map(|event| event.try_clone().unwrap()).collect());
@@ -51,7 +52,7 @@ fn each_of_many_vectors_is_its_own() {
     let served = Served::disk_with(QUEUES, IommuMode::Offer);
     let client = served.client();
     // More than the server says it takes: not every client asks.
-    let events = wire(&client, VECTORS as usize);
+    let events = wire(&client, VECTORS, VECTORS as usize);
     for vector in 0..VECTORS {
         let data = IrqData::None;
         let irqs = SetIrqs { index: index::MSIX, start: vector, count: 1, action: Action::Trigger, data };
@@ -63,10 +64,21 @@ fn each_of_many_vectors_is_its_own() {
 
 #[test]
 fn every_queue_tells_by_its_vector_and_all_by_one() {
-    for all_by_one in [false, true] {
-        let served = Served::disk_with(QUEUES, IommuMode::Offer);
+    for (all_by_one, most) in [(false, None), (true, None), (true, NonZeroU16::new(1))] {
+        let served = Served::disk_with_vectors(QUEUES, most);
         let client = served.client();
-        let events = wire(&client, MAX_FDS);
+        let vectors = most.map_or(VECTORS, |most| most.get().into());
+        let control = (vectors - 1).to_le_bytes();
+        assert_eq!(control[..2], msix_control(&client), "the capability says how many there are");
+        let events = wire(&client, vectors, MAX_FDS);
+        let beyond = SetIrqs {
+            index: index::MSIX,
+            start: vectors,
+            count: 1,
+            action: Action::Trigger,
+            data: IrqData::EventFds(vec![event()]),
+        };
+        assert!(client.set_irqs(beyond).is_err());
         let memory = memory();
         client.map(BusAddr(0), MEMORY as u64, Permission::ReadWrite, Some((file_ref(&memory), 0))).unwrap();
         let mapper = Direct::new(Buffer::new(memory.slice(0, RINGS), Gpa(0)));
@@ -147,6 +159,21 @@ fn what_is_used_while_it_is_masked_is_told_once_it_is_not() {
             assert_eq!(pending(), 0);
         }
     }
+}
+
+/// What the capability's control says.
+fn msix_control(client: &Client) -> [u8; 2] {
+    let byte = |at: u64| {
+        let mut byte = [0];
+        client.read(CONFIG, at, &mut byte).unwrap();
+        byte[0]
+    };
+    let mut at = byte(0x34).into();
+    while byte(at) != 0x11 {
+        at = byte(at + 1).into();
+        assert_ne!(at, 0, "MSI-X");
+    }
+    [byte(at + 2), byte(at + 3)]
 }
 
 /// Rings a queue by its register.
