@@ -216,7 +216,11 @@ impl Memory {
         }
         // Messages on their way are given up: whoever is to answer them waits for us.
         let _quiet = self.link.hush();
-        self.remote.change(|table| taken.iter().for_each(|first| drop(table.remove(first))));
+        self.remote.change(|table| {
+            for first in &taken {
+                table.remove(first);
+            }
+        });
         let fence = self.iotlb.invalidate(first, last);
         self.wait(fence, hurry);
         taken.iter().for_each(|first| drop(self.grants.remove(first)));
