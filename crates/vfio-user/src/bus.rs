@@ -9,11 +9,11 @@
 //! alone until it is used, so there one message brings all that lies between its first change and its last.
 
 use crate::event::Event;
-use crate::link::{Link, Unanswered};
+use crate::link::{Arrival, Link, Unanswered};
 use crate::memory::Remote;
 use ringfence_dma::{Access, BusAddr, Fault, FaultReason, HostSlice, Memory, Miss, Permission, Ram, Stop, Ticket};
 use ringfence_iotlb::{Lease, View};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -38,6 +38,8 @@ struct Far {
     broken: Arc<Event>,
     /// First and last address of each part of the ring.
     rings: [(u64, u64); 3],
+    /// Where something was written last whose arrival nobody waited for.
+    on_its_way: Cell<Option<u64>>,
 }
 
 impl Bus {
@@ -49,7 +51,7 @@ impl Bus {
         broken: Arc<Event>,
         rings: [(u64, u64); 3],
     ) -> Self {
-        Self { view, far: Far { remote, link, broken, rings } }
+        Self { view, far: Far { remote, link, broken, rings, on_its_way: Cell::default() } }
     }
 }
 
@@ -90,6 +92,11 @@ impl ringfence_dma::Visit for Visit<'_> {
     #[inline]
     fn may_have_changed(&self, addr: BusAddr, access: Access, verdicts: u64) -> bool {
         !self.copies.far.remote.is_empty() || self.near.may_have_changed(addr, access, verdicts)
+    }
+
+    #[inline]
+    fn settle(&self) -> Result<(), Stop> {
+        if self.copies.is_settled() { Ok(()) } else { self.copies.settle() }
     }
 
     #[inline]
@@ -158,7 +165,7 @@ impl Copies<'_> {
                 let mut known = vec![0; len];
                 self.far.link.read(addr.0, &mut known).map_err(|unanswered| match unanswered {
                     Unanswered::Refused => Stop::Fault(fault),
-                    Unanswered::Later => Stop::Miss(Miss { ticket: Ticket(0), covers: Miss::NOTHING_ASKED }),
+                    Unanswered::Later => LATER,
                 })?;
                 bytes.slice(0, len).write(0, &known);
                 Some(known)
@@ -174,20 +181,46 @@ impl Copies<'_> {
         Ok(unsafe { HostSlice::new(start, len) })
     }
 
+    #[inline]
+    fn is_settled(&self) -> bool {
+        self.all.borrow().is_empty() && self.far.on_its_way.get().is_none()
+    }
+
+    #[cold]
+    fn settle(&self) -> Result<(), Stop> {
+        self.write_back();
+        let Some(addr) = self.far.on_its_way.get() else { return Ok(()) };
+        // Who answers this has taken in what was sent before. What was taken back since, or can't be read, has no answer: then
+        // it is left at that.
+        let may_ask = self.far.remote.find(addr).is_some_and(|(_, permission)| permission.allows(Access::Read));
+        if may_ask && self.far.link.read(addr, &mut [0]) == Err(Unanswered::Later) {
+            return Err(LATER);
+        }
+        self.far.on_its_way.set(None);
+        Ok(())
+    }
+
     fn write_back(&self) {
-        for copy in self.all.borrow_mut().iter_mut().rev() {
-            if copy.access == Access::Write && copy.write_back(&self.far.link).is_err() {
-                tracing::error!(
-                    "the client refuses a write of {} bytes at bus address {:#x}, which it has granted: the device needs a \
-                     reset",
-                    copy.len,
-                    copy.addr
-                );
-                self.far.broken.ring();
+        for copy in self.all.borrow_mut().iter_mut().rev().filter(|copy| copy.access == Access::Write) {
+            match copy.write_back(&self.far.link) {
+                Ok(Arrival::Seen) => {}
+                Ok(Arrival::OnItsWay) => self.far.on_its_way.set(Some(copy.addr)),
+                Err(_) => {
+                    tracing::error!(
+                        "the client refuses a write of {} bytes at bus address {:#x}, which it has granted: the device \
+                         needs a reset",
+                        copy.len,
+                        copy.addr
+                    );
+                    self.far.broken.ring();
+                }
             }
         }
     }
 }
+
+/// Whoever is to answer waits for us.
+const LATER: Stop = Stop::Miss(Miss { ticket: Ticket(0), covers: Miss::NOTHING_ASKED });
 
 impl Drop for Copies<'_> {
     fn drop(&mut self) {
@@ -196,18 +229,19 @@ impl Drop for Copies<'_> {
 }
 
 impl Copy {
-    fn write_back(&mut self, link: &Link) -> Result<(), Unanswered> {
+    fn write_back(&mut self, link: &Link) -> Result<Arrival, Unanswered> {
         let mut now = vec![0; self.len];
         self.bytes.slice(0, self.len).read(0, &mut now);
         let changes = match &self.known {
             Some(known) => changes(self.addr, known, &now, self.of),
             None => std::iter::once(0..self.len).collect(),
         };
+        let mut arrival = Arrival::Seen;
         for range in changes.into_iter().rev() {
-            link.write(self.addr + range.start as u64, &now[range])?;
+            arrival = arrival.max(link.write(self.addr + range.start as u64, &now[range])?);
         }
         self.known = Some(now);
-        Ok(())
+        Ok(arrival)
     }
 }
 

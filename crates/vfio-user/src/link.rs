@@ -42,6 +42,15 @@ pub(crate) enum Unanswered {
     Later,
 }
 
+/// What is known of bytes that were written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Arrival {
+    /// They are there.
+    Seen,
+    /// They are there before what we say next is heard: whoever is to answer waits for us.
+    OnItsWay,
+}
+
 #[derive(IntoBytes, Immutable)]
 #[repr(C)]
 struct RawDma {
@@ -118,21 +127,20 @@ impl Link {
         Ok(())
     }
 
-    /// Writes memory of the client's. It is there when this returns, unless whoever is to answer waits for us: then it is
-    /// there before what we say next is heard.
-    pub(crate) fn write(&self, address: u64, from: &[u8]) -> Result<(), Unanswered> {
+    /// Writes memory of the client's.
+    pub(crate) fn write(&self, address: u64, from: &[u8]) -> Result<Arrival, Unanswered> {
         let max = self.asking().max as usize;
-        let mut at = address;
+        let (mut at, mut arrival) = (address, Arrival::Seen);
         for part in from.chunks(max) {
             let question = RawDma { address: at, count: part.len() as u64 };
             match self.ask(Command::DmaWrite, &[question.as_bytes(), part].concat()) {
-                // It is on its way before whatever is said next.
-                Ok(_) | Err(Unanswered::Later) => {}
+                Ok(_) => {}
+                Err(Unanswered::Later) => arrival = Arrival::OnItsWay,
                 Err(refused) => return Err(refused),
             }
             at = at.wrapping_add(part.len() as u64);
         }
-        Ok(())
+        Ok(arrival)
     }
 
     fn ask(&self, command: Command, body: &[u8]) -> Result<Vec<u8>, Unanswered> {
