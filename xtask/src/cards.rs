@@ -51,6 +51,26 @@ struct Machine {
     name: &'static str,
     kernel: KernelSeries,
     place: Place,
+    vectors: Vectors,
+}
+
+/// How the disk's queues interrupt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Vectors {
+    /// Each by its own.
+    Own,
+    /// All by one; the configuration by another, which is the least that Linux takes.
+    Shared,
+}
+
+impl Vectors {
+    /// What the disk's server is told.
+    fn arguments(self) -> &'static [&'static str] {
+        match self {
+            Vectors::Own => &[],
+            Vectors::Shared => &["--vectors", "2"],
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,12 +81,20 @@ enum Place {
     BehindIntelIommu,
 }
 
+const fn machine(name: &'static str, kernel: KernelSeries, place: Place) -> Machine {
+    Machine { name, kernel, place, vectors: Vectors::Own }
+}
+
 const MACHINES: &[Machine] = &[
-    Machine { name: "6.12 behind intel-iommu", kernel: KernelSeries::V6_12, place: Place::BehindIntelIommu },
-    Machine { name: "6.12", kernel: KernelSeries::V6_12, place: Place::Bare },
-    Machine { name: "the newest behind intel-iommu", kernel: KernelSeries::Newest, place: Place::BehindIntelIommu },
-    Machine { name: "the newest", kernel: KernelSeries::Newest, place: Place::Bare },
-    Machine { name: "6.1 behind intel-iommu", kernel: KernelSeries::V6_1, place: Place::BehindIntelIommu },
+    machine("6.12 behind intel-iommu", KernelSeries::V6_12, Place::BehindIntelIommu),
+    machine("6.12", KernelSeries::V6_12, Place::Bare),
+    Machine {
+        vectors: Vectors::Shared,
+        ..machine("6.12, one vector for all queues", KernelSeries::V6_12, Place::BehindIntelIommu)
+    },
+    machine("the newest behind intel-iommu", KernelSeries::Newest, Place::BehindIntelIommu),
+    machine("the newest", KernelSeries::Newest, Place::Bare),
+    machine("6.1 behind intel-iommu", KernelSeries::V6_1, Place::BehindIntelIommu),
 ];
 
 /// What every boot needs.
@@ -137,10 +165,12 @@ fn serve(kit: &Kit<'_>, folder: &Path, device: &str, more: &[&Path]) -> Result<B
 }
 
 impl Set {
-    fn new(kit: &Kit<'_>, kernel: KernelSeries) -> Result<Self, String> {
+    fn new(kit: &Kit<'_>, kernel: KernelSeries, vectors: Vectors) -> Result<Self, String> {
         let folder = tempfile::tempdir().map_err(|error| format!("cannot create a folder: {error}"))?;
         let image = Image::create(&folder.path().join("image"), 17).map_err(text)?;
-        let disk = serve(kit, folder.path(), "blk", &["--image".as_ref(), image.path()])?;
+        let mut disk = vec!["--image".as_ref(), image.path()];
+        disk.extend(vectors.arguments().iter().map(Path::new));
+        let disk = serve(kit, folder.path(), "blk", &disk)?;
         let random = serve(kit, folder.path(), "rng", &[])?;
         let kernel = kit.cache.kernel(kernel, Arch::Amd64).map_err(text)?;
         Ok(Self { folder, image, disk, random, kernel })
@@ -211,7 +241,7 @@ pub(crate) fn function(id: &str, addr: &str, socket: &Path) -> String {
 impl Machine {
     /// Boots, and checks everything that the guest tells. The kernel's version.
     fn look(&self, kit: &Kit<'_>, log: &mut Log) -> Result<String, String> {
-        let set = Set::new(kit, self.kernel)?;
+        let set = Set::new(kit, self.kernel, self.vectors)?;
         let devices = [function("disk", "5", set.disk.socket()), function("random", "6", set.random.socket())];
         let boot = set.boot(kit, self.place, &devices, "", |_| Ok(()))?;
         // The counts come with the end of the connection, which may trail QEMU's.
@@ -224,9 +254,13 @@ impl Machine {
         log.line(format_args!("--- lspci\n{described}"));
         let guest = Guest::parse(&boot.console);
         judge(&guest, &boot.console, &set.image).map_err(|reason| format!("{reason}; QEMU {}", boot.status))?;
-        interrupts(&boot.console)?;
-        // One vector for each of 16 queues, or for one, and one for the configuration.
-        for (slot, vectors) in [("00:05.0", 17), ("00:06.0", 2)] {
+        interrupts(&boot.console, self.vectors)?;
+        let of_disk = match self.vectors {
+            // One for each of 16 queues, and one for the configuration.
+            Vectors::Own => 17,
+            Vectors::Shared => 2,
+        };
+        for (slot, vectors) in [("00:05.0", of_disk), ("00:06.0", 2)] {
             let of = |function: &&str| function.starts_with(slot);
             let function = described.split("\n\n").find(of).ok_or_else(|| format!("lspci does not name {slot}"))?;
             proper(function, vectors).map_err(|reason| format!("{slot}: {reason}"))?;
@@ -287,15 +321,19 @@ fn is_random(console: &str) -> Result<(), String> {
     }
 }
 
-/// Every queue has interrupted, by a vector of its own; and nothing by a line.
-fn interrupts(console: &str) -> Result<(), String> {
+/// Every queue has interrupted, by a vector of its own or by that of all; and nothing by a line.
+fn interrupts(console: &str, vectors: Vectors) -> Result<(), String> {
     let lines = told(console, "interrupt");
     let all = || format!("interrupts: {lines:#?}");
     let count =
         |line: &str| -> u64 { line.split_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok()).sum() };
-    let queues: Vec<_> = lines.iter().filter(|line| line.contains("-req.")).collect();
-    if queues.len() != PROCESSORS || queues.iter().any(|line| count(line) == 0) {
-        return Err(format!("not each of {PROCESSORS} queues has interrupted; {}", all()));
+    let (name, wanted) = match vectors {
+        Vectors::Own => ("-req.", PROCESSORS),
+        Vectors::Shared => ("-virtqueues", 1),
+    };
+    let queues: Vec<_> = lines.iter().filter(|line| line.contains(name)).collect();
+    if queues.len() != wanted || queues.iter().any(|line| count(line) == 0) {
+        return Err(format!("not each of {wanted} vectors of queues has interrupted; {}", all()));
     }
     if !lines.iter().any(|line| line.ends_with("-input") && count(line) > 0) {
         return Err(format!("no interrupt for random bytes; {}", all()));
@@ -366,7 +404,7 @@ fn ask(monitor: &Path, command: &str, arguments: &Value) -> Result<(), String> {
 
 /// A function is plugged in while the disk works, and unplugged again. What became of it.
 fn plug(kit: &Kit<'_>, log: &mut Log) -> Result<String, String> {
-    let mut set = Set::new(kit, KernelSeries::V6_12)?;
+    let mut set = Set::new(kit, KernelSeries::V6_12, Vectors::Own)?;
     let (monitor, random) = (set.at(MONITOR), in_port("random", set.random.socket()));
     let random: Value = serde_json::from_str(&random).map_err(|error| error.to_string())?;
     let mut asked = 0;
@@ -395,7 +433,7 @@ fn plug(kit: &Kit<'_>, log: &mut Log) -> Result<String, String> {
 
 /// The disk's process is killed while the disk works. What became of the guest.
 fn kill(kit: &Kit<'_>, log: &mut Log) -> Result<String, String> {
-    let set = Set::new(kit, KernelSeries::V6_12)?;
+    let set = Set::new(kit, KernelSeries::V6_12, Vectors::Own)?;
     let monitor = set.at(MONITOR);
     let (mut killed, mut lives) = (None::<Instant>, None);
     let devices = [function("disk", "5", set.disk.socket())];

@@ -7,7 +7,6 @@
 
 mod bell;
 mod device;
-mod latest;
 mod request;
 
 pub mod blk;

@@ -154,13 +154,13 @@ impl<M: Memory> Queue<M> {
                 bytes += requests.slots[usize::from(token)].len();
             }
             if requests.finished.len() >= SHOWN {
-                requests.publish(&mut ring)?;
+                requests.publish(&visit, &mut ring)?;
             }
             if met? == Met::End || bytes >= TURN_BYTES {
                 break;
             }
         }
-        requests.publish(&mut ring)?;
+        requests.publish(&visit, &mut ring)?;
         turn.notify = requests.needs_notification(&mut ring)?;
         Ok(turn)
     }
@@ -273,7 +273,7 @@ impl<M: Memory> Queue<M> {
     pub fn flush(&mut self) -> Result<bool, Broken> {
         let visit = self.memory.visit();
         let mut ring = self.ring.open(&visit);
-        self.requests.publish(&mut ring)?;
+        self.requests.publish(&visit, &mut ring)?;
         self.requests.needs_notification(&mut ring)
     }
 
@@ -648,7 +648,7 @@ impl Requests {
 
     /// Puts what is finished on the used ring, as far as the ring can be reached.
     #[inline]
-    fn publish<V: Visit>(&mut self, ring: &mut OpenQueue<'_, '_, V>) -> Result<(), Broken> {
+    fn publish<V: Visit>(&mut self, visit: &V, ring: &mut OpenQueue<'_, '_, V>) -> Result<(), Broken> {
         while let Some(&(head, written)) = self.finished.front() {
             if let Err(stop) = ring.push(head, written) {
                 wait_or_break(stop, &mut self.ring_waits)?;
@@ -659,7 +659,8 @@ impl Requests {
         if self.unpublished.is_empty() {
             return Ok(());
         }
-        if let Err(stop) = ring.publish() {
+        // A buffer may have another way to the driver than the ring.
+        if let Err(stop) = visit.settle().map_err(RingStop::from).and_then(|()| ring.publish()) {
             return wait_or_break(stop, &mut self.ring_waits);
         }
         self.unpublished.clear();

@@ -3,14 +3,13 @@
 
 use crate::Bell;
 use crate::eventfd::{hush, ring};
-use crate::latest::Latest;
 use crate::queue::{Broken, Look, Queue, Stopped};
 use ringfence_dma::Memory;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -58,8 +57,15 @@ pub struct Control {
     end: Mutex<Option<End>>,
     /// Readable once the thread touches no memory any more.
     ended: OwnedFd,
-    /// What the thread is to ring from now on.
-    call: Latest<Option<OwnedFd>>,
+    call: Mutex<Call>,
+}
+
+/// How the driver is told of what was used.
+#[derive(Debug, Default)]
+struct Call {
+    bell: Option<Bell>,
+    /// It was to be told, and there was no way.
+    untold: bool,
 }
 
 /// What a queue's thread is given besides the queue.
@@ -104,7 +110,7 @@ impl Control {
             patience: AtomicU64::new(u64::MAX),
             end: Mutex::new(None),
             ended: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
-            call: Latest::new(call),
+            call: Mutex::new(Call { bell: call.map(Bell::new), untold: false }),
         }))
     }
 
@@ -114,18 +120,23 @@ impl Control {
         self.rouse();
     }
 
-    /// From now on the driver is told by `call`; `None`: it looks by itself.
+    /// From now on the driver is told by `call`; `None`: it looks by itself. When this returns the one before is not rung any
+    /// more, so that whoever has both misses nothing.
     pub fn set_call(&self, call: Option<OwnedFd>) {
-        self.call.tell(call);
-        // What was used since the last one may have been told to nobody; the thread rings the new one.
-        self.rouse();
+        let mut current = self.call();
+        current.bell = call.map(Bell::new);
+        if current.untold && current.bell.is_some() {
+            current.tell();
+        }
     }
 
-    /// Has `call` be what the driver is told by now; whether it is another.
-    fn renew(&self, call: &mut Option<Bell>) -> bool {
-        let Some(new) = self.call.take() else { return false };
-        *call = new.map(Bell::new);
-        true
+    /// Tells the driver that something was used.
+    pub fn tell(&self) {
+        self.call().tell();
+    }
+
+    fn call(&self) -> MutexGuard<'_, Call> {
+        self.call.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Storage is waited for no longer than this: who knows that it hangs need not wait for it again.
@@ -143,6 +154,15 @@ impl Control {
         fence(Ordering::SeqCst);
         if self.sleeping.load(Ordering::Relaxed) {
             ring(self.event.as_fd());
+        }
+    }
+}
+
+impl Call {
+    fn tell(&mut self) {
+        self.untold = self.bell.is_none();
+        if let Some(bell) = &mut self.bell {
+            bell.ring();
         }
     }
 }
@@ -248,8 +268,7 @@ impl Drop for Ended<'_> {
 }
 
 fn serve<M: Memory>(mut queue: Queue<M>, control: &Control, bells: &Bells) {
-    let mut call = None;
-    if let Err(broken) = run(&mut queue, control, bells, &mut call) {
+    if let Err(broken) = run(&mut queue, control, bells) {
         queue.report(&broken);
         tracing::error!(
             queue = std::thread::current().name().unwrap_or_default(),
@@ -261,11 +280,8 @@ fn serve<M: Memory>(mut queue: Queue<M>, control: &Control, bells: &Bells) {
     }
     let rests = drain(&mut queue, control) || give_up(&mut queue);
     // A ring that can't be reached any more has been given up by its driver.
-    let flushed = queue.flush() == Ok(true);
-    if (control.renew(&mut call) || flushed)
-        && let Some(call) = &mut call
-    {
-        call.ring();
+    if queue.flush() == Ok(true) {
+        control.tell();
     }
     let (stopped, leftover) = queue.stop();
     *control.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(End { stopped, rests });
@@ -326,18 +342,12 @@ fn wait<M: Memory>(queue: &mut Queue<M>, at_most: Timespec) {
     let _ = poll(&mut Vec::from_iter(completion), Some(&timeout));
 }
 
-/// Serves `queue` until it is told to stop; `call` is what it rings.
-fn run<M: Memory>(
-    queue: &mut Queue<M>,
-    control: &Control,
-    bells: &Bells,
-    call: &mut Option<Bell>,
-) -> Result<(), Broken> {
+/// Serves `queue` until it is told to stop.
+fn run<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Result<(), Broken> {
     let mut patience = Patience { most: bells.poll, now: bells.poll };
     let mut idle_since: Option<Instant> = None;
     let mut looks = 0;
-    // What an earlier run left is tried at once, and what that one used is told of, by a call that is new: it may not have
-    // been.
+    // What an earlier run left is tried at once.
     let mut tried = None;
     queue.ignore()?;
     while !control.stop.load(Ordering::Acquire) {
@@ -352,10 +362,8 @@ fn run<M: Memory>(
             (false, true) => Look::Quick,
             (false, false) => Look::Not,
         })?;
-        if (control.renew(call) || turn.notify)
-            && let Some(call) = call
-        {
-            call.ring();
+        if turn.notify {
+            control.tell();
         }
         if turn.worked {
             (idle_since, looks) = (None, 0);
@@ -409,7 +417,7 @@ fn nap<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Res
     control.sleeping.store(true, Ordering::Relaxed);
     // Orders `sleeping` before the look at the flags; see `Control::rouse`.
     fence(Ordering::SeqCst);
-    if [&control.stop, &control.news].iter().all(|flag| !flag.load(Ordering::Relaxed)) && !control.call.is_new() {
+    if [&control.stop, &control.news].iter().all(|flag| !flag.load(Ordering::Relaxed)) {
         let timeout = match (queue.is_waiting(), &bells.kick) {
             (_, None) => Some(&LOOKING_NAP),
             (true, _) => Some(&WAITING_NAP),

@@ -68,6 +68,16 @@ pub trait Visit {
         true
     }
 
+    /// Whoever sees what is written from now on also sees all that was written before, in this visit and in others. So it is
+    /// with memory that is mapped; what is reached by messages has to arrive first.
+    ///
+    /// # Errors
+    /// [`Stop::Miss`]: that can't be had now. Nothing is lost by trying again.
+    #[inline]
+    fn settle(&self) -> Result<(), Stop> {
+        Ok(())
+    }
+
     /// Keeps what this visit resolved for `ranges` good until the lease is dropped.
     fn lease(&self, ranges: &[(BusAddr, u32)]) -> Self::Lease;
 

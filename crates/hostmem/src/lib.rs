@@ -24,7 +24,7 @@ mod sigbus;
 
 pub use file::FileMemory;
 pub use files::{Files, MAX_FILES, Part};
-pub use mapping::MapError;
+pub use mapping::{MOST_MAPPED, MapError};
 pub use region::{Placement, Region};
 pub use regions::{MAX_REGIONS, Pieces, Regions};
 pub use shared::SharedMemory;

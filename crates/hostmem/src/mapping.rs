@@ -5,6 +5,7 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A part of a file mapped here, readable and writable, shared with everybody who has the file.
 #[derive(Debug)]
@@ -16,6 +17,33 @@ pub(crate) struct Mapping {
     start: NonNull<u8>,
     len: usize,
     watch: Watch,
+    _room: Room,
+}
+
+/// The most that is mapped at once, in bytes: a quarter of the addresses that there are, and much more than a machine has
+/// of memory. A file may be as long as it likes and cost nothing; whoever mapped enough of them here would leave no
+/// addresses for anything of ours, and a process that can't allocate ends.
+pub const MOST_MAPPED: u64 = 1 << 45;
+
+/// How much is mapped, by everybody in this process.
+static MAPPED: AtomicU64 = AtomicU64::new(0);
+
+/// Room for so many bytes.
+#[derive(Debug)]
+struct Room(u64);
+
+impl Room {
+    fn take(len: u64) -> Option<Self> {
+        let fits = |mapped: u64| mapped.checked_add(len).filter(|&sum| sum <= MOST_MAPPED);
+        // Nothing is ordered by it.
+        MAPPED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).ok().map(|_| Self(len))
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        MAPPED.fetch_sub(self.0, Ordering::Relaxed);
+    }
 }
 
 // SAFETY: owns its mapping; all access goes through `HostSlice`, which is made for sharing.
@@ -118,6 +146,7 @@ impl Mapping {
         let lead = offset % page;
         let mapped = (lead + len as u64).checked_next_multiple_of(page).and_then(|mapped| usize::try_from(mapped).ok());
         let mapped = mapped.filter(|&mapped| mapped <= isize::MAX as usize).ok_or(Errno::NOMEM)?;
+        let room = Room::take(mapped as u64).ok_or(Errno::NOMEM)?;
         sigbus::install()?;
         let protection = match purpose {
             Purpose::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
@@ -138,7 +167,7 @@ impl Mapping {
         let _ = unsafe { madvise(base.as_ptr().cast(), mapped, Advice::LinuxDontDump) };
         // SAFETY: `lead` is less than a page and `len` more bytes follow it, see `mapped`.
         let start = unsafe { base.add(lead as usize) };
-        Ok(Self { base, mapped, start, len, watch: sigbus::watch(base, mapped) })
+        Ok(Self { base, mapped, start, len, watch: sigbus::watch(base, mapped), _room: room })
     }
 
     pub(crate) fn slice(&self) -> HostSlice<'_> {

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::fmt::Debug;
 use std::io;
+use std::num::NonZeroU16;
 use std::os::fd::{AsFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -94,6 +95,13 @@ pub(crate) struct Common {
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = seconds)]
     io_timeout: f64,
 
+    /// How many MSI-X vectors the function has at the most; by vfio-user alone
+    ///
+    /// By default it has one for each queue and one for the configuration, and Linux gives each of them an interrupt of its
+    /// own. With fewer they share: a guest with many cards may be short of vectors.
+    #[arg(long, value_name = "N")]
+    vectors: Option<NonZeroU16>,
+
     /// How much to log to standard error: off, error, warn, info, debug, trace
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub(crate) log: LevelFilter,
@@ -158,11 +166,15 @@ impl Common {
         end_in_any_case(end.try_clone()?, self.socket)?;
         match self.transport {
             Transport::VhostUser => {
+                anyhow::ensure!(
+                    self.vectors.is_none(),
+                    "--vectors is for --transport vfio-user: else they are the VMM's"
+                );
                 let options = Options { iommu, keep: self.iotlb, queue_size, poll, io_timeout };
                 server.run_each(name, open, options, end.as_fd())?;
             }
             Transport::VfioUser => {
-                let options = vfio_user::Options { iommu, queue_size, poll, io_timeout };
+                let options = vfio_user::Options { iommu, queue_size, poll, io_timeout, vectors: self.vectors };
                 vfio_user::run(server, name, open, options, end.as_fd())?;
             }
         }

@@ -4,13 +4,16 @@
 //! queue looks, and what the queue changed of it goes back, all of it within the visit. The order in which a driver may see
 //! changes is kept: whatever was copied last goes back first, for a ring is found before the buffers that it tells of, and
 //! of one copy what lies behind goes first, for an index lies before the entries that it counts.
+//!
+//! Of a ring only what was changed goes back: what lies beside it the driver may be changing itself. A buffer is the device's
+//! alone until it is used, so there one message brings all that lies between its first change and its last.
 
 use crate::event::Event;
-use crate::link::{Link, Unanswered};
+use crate::link::{Arrival, Link, Unanswered};
 use crate::memory::Remote;
 use ringfence_dma::{Access, BusAddr, Fault, FaultReason, HostSlice, Memory, Miss, Permission, Ram, Stop, Ticket};
 use ringfence_iotlb::{Lease, View};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -33,11 +36,22 @@ struct Far {
     link: Arc<Link>,
     /// Rung where something could not be written back.
     broken: Arc<Event>,
+    /// First and last address of each part of the ring.
+    rings: [(u64, u64); 3],
+    /// Where something was written last whose arrival nobody waited for.
+    on_its_way: Cell<Option<u64>>,
 }
 
 impl Bus {
-    pub(crate) fn new(view: View, remote: Arc<Remote>, link: Arc<Link>, broken: Arc<Event>) -> Self {
-        Self { view, far: Far { remote, link, broken } }
+    /// For the queue whose ring has its parts at `rings`, first and last address of each.
+    pub(crate) fn new(
+        view: View,
+        remote: Arc<Remote>,
+        link: Arc<Link>,
+        broken: Arc<Event>,
+        rings: [(u64, u64); 3],
+    ) -> Self {
+        Self { view, far: Far { remote, link, broken, rings, on_its_way: Cell::default() } }
     }
 }
 
@@ -81,6 +95,11 @@ impl ringfence_dma::Visit for Visit<'_> {
     }
 
     #[inline]
+    fn settle(&self) -> Result<(), Stop> {
+        if self.copies.is_settled() { Ok(()) } else { self.copies.settle() }
+    }
+
+    #[inline]
     fn approach(&self, addr: BusAddr, access: Access) {
         self.near.approach(addr, access);
     }
@@ -113,6 +132,14 @@ struct Copy {
     /// What is known to be there; `None`: nothing, so all of it goes back, once.
     known: Option<Vec<u8>>,
     access: Access,
+    of: Of,
+}
+
+/// What a copy is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Of {
+    Ring,
+    Buffer,
 }
 
 impl Copies<'_> {
@@ -138,33 +165,62 @@ impl Copies<'_> {
                 let mut known = vec![0; len];
                 self.far.link.read(addr.0, &mut known).map_err(|unanswered| match unanswered {
                     Unanswered::Refused => Stop::Fault(fault),
-                    Unanswered::Later => Stop::Miss(Miss { ticket: Ticket(0), covers: Miss::NOTHING_ASKED }),
+                    Unanswered::Later => LATER,
                 })?;
                 bytes.slice(0, len).write(0, &known);
                 Some(known)
             }
         };
         let start = NonNull::new(bytes.slice(0, len).as_ptr()).expect("memory is not at address 0");
-        self.all.borrow_mut().push(Copy { addr: addr.0, bytes, len, known, access });
+        let end = addr.0.saturating_add(len as u64 - 1);
+        let is_ring = self.far.rings.iter().any(|&(first, last)| addr.0 <= last && first <= end);
+        let of = if is_ring { Of::Ring } else { Of::Buffer };
+        self.all.borrow_mut().push(Copy { addr: addr.0, bytes, len, known, access, of });
         // SAFETY: `bytes` is in the list now, which drops nothing until the visit ends, which the slice borrows. There are
         // no references to it but slices.
         Ok(unsafe { HostSlice::new(start, len) })
     }
 
+    #[inline]
+    fn is_settled(&self) -> bool {
+        self.all.borrow().is_empty() && self.far.on_its_way.get().is_none()
+    }
+
+    #[cold]
+    fn settle(&self) -> Result<(), Stop> {
+        self.write_back();
+        let Some(addr) = self.far.on_its_way.get() else { return Ok(()) };
+        // Who answers this has taken in what was sent before. What was taken back since, or can't be read, has no answer: then
+        // it is left at that.
+        let may_ask = self.far.remote.find(addr).is_some_and(|(_, permission)| permission.allows(Access::Read));
+        if may_ask && self.far.link.read(addr, &mut [0]) == Err(Unanswered::Later) {
+            return Err(LATER);
+        }
+        self.far.on_its_way.set(None);
+        Ok(())
+    }
+
     fn write_back(&self) {
-        for copy in self.all.borrow_mut().iter_mut().rev() {
-            if copy.access == Access::Write && copy.write_back(&self.far.link).is_err() {
-                tracing::error!(
-                    "the client refuses a write of {} bytes at bus address {:#x}, which it has granted: the device needs a \
-                     reset",
-                    copy.len,
-                    copy.addr
-                );
-                self.far.broken.ring();
+        for copy in self.all.borrow_mut().iter_mut().rev().filter(|copy| copy.access == Access::Write) {
+            match copy.write_back(&self.far.link) {
+                Ok(Arrival::Seen) => {}
+                Ok(Arrival::OnItsWay) => self.far.on_its_way.set(Some(copy.addr)),
+                Err(_) => {
+                    tracing::error!(
+                        "the client refuses a write of {} bytes at bus address {:#x}, which it has granted: the device \
+                         needs a reset",
+                        copy.len,
+                        copy.addr
+                    );
+                    self.far.broken.ring();
+                }
             }
         }
     }
 }
+
+/// Whoever is to answer waits for us.
+const LATER: Stop = Stop::Miss(Miss { ticket: Ticket(0), covers: Miss::NOTHING_ASKED });
 
 impl Drop for Copies<'_> {
     fn drop(&mut self) {
@@ -173,32 +229,33 @@ impl Drop for Copies<'_> {
 }
 
 impl Copy {
-    fn write_back(&mut self, link: &Link) -> Result<(), Unanswered> {
+    fn write_back(&mut self, link: &Link) -> Result<Arrival, Unanswered> {
         let mut now = vec![0; self.len];
         self.bytes.slice(0, self.len).read(0, &mut now);
         let changes = match &self.known {
-            Some(known) => changes(self.addr, known, &now),
+            Some(known) => changes(self.addr, known, &now, self.of),
             None => std::iter::once(0..self.len).collect(),
         };
+        let mut arrival = Arrival::Seen;
         for range in changes.into_iter().rev() {
-            link.write(self.addr + range.start as u64, &now[range])?;
+            arrival = arrival.max(link.write(self.addr + range.start as u64, &now[range])?);
         }
         self.known = Some(now);
-        Ok(())
+        Ok(arrival)
     }
 }
 
-/// A change goes back with those in the same aligned so many bytes: a descriptor of a packed ring, whose last two bytes say
-/// that it is used, is one message.
+/// Of a ring a change goes back with those in the same aligned so many bytes: a descriptor of a packed ring, whose last two
+/// bytes say that it is used, is one message.
 const AT_ONCE: u64 = 16;
 
 /// Where two slices of one length differ, in order; the first byte is at `addr`.
-fn changes(addr: u64, before: &[u8], now: &[u8]) -> Vec<Range<usize>> {
+fn changes(addr: u64, before: &[u8], now: &[u8], of: Of) -> Vec<Range<usize>> {
     let mut changes: Vec<Range<usize>> = Vec::new();
     let block = |at: usize| addr.wrapping_add(at as u64) / AT_ONCE;
     for (at, _) in before.iter().zip(now).enumerate().filter(|(_, (before, now))| before != now) {
         match changes.last_mut() {
-            Some(last) if at == last.end || block(at) == block(last.end - 1) => last.end = at + 1,
+            Some(last) if of == Of::Buffer || at == last.end || block(at) == block(last.end - 1) => last.end = at + 1,
             _ => changes.push(at..at + 1),
         }
     }
@@ -211,9 +268,12 @@ mod tests {
 
     #[test]
     fn changes_are_told_apart() {
-        assert_eq!(changes(0, b"abcdef", b"abcdef"), []);
-        let whole = changes(0x1000, b"abcdef", b"xbcdyz");
+        assert_eq!(changes(0, b"abcdef", b"abcdef", Of::Ring), []);
+        assert_eq!(changes(0, b"abcdef", b"abcdef", Of::Buffer), []);
+        let whole = changes(0x1000, b"abcdef", b"xbcdyz", Of::Ring);
         assert_eq!((whole.len(), &whole[0]), (1, &(0..6)), "a descriptor goes as one");
-        assert_eq!(changes(0x100d, b"abcdefgh", b"xbcdefyz"), [0..1, 6..8]);
+        assert_eq!(changes(0x100d, b"abcdefgh", b"xbcdefyz", Of::Ring), [0..1, 6..8]);
+        let whole = changes(0x100d, b"abcdefgh", b"axcdefyh", Of::Buffer);
+        assert_eq!((whole.len(), &whole[0]), (1, &(1..7)), "a buffer is nobody else's");
     }
 }

@@ -77,9 +77,9 @@ impl Function {
                 changed.ring();
             }
         }));
-        let vectors = layout::vectors(count);
+        let vectors = layout::vectors(count, options.vectors);
         Ok(Self {
-            config: ConfigSpace::new(device.id(), count, device.config().len()),
+            config: ConfigSpace::new(device.id(), vectors, device.config().len()),
             common: Common::new(),
             msix: Msix::new(vectors)?,
             queues: (0..count).map(|_| Queue::new(options.queue_size)).collect::<io::Result<_>>()?,
@@ -433,6 +433,8 @@ impl Function {
                 tracing::error!("an interrupt can't be set up: {error}");
             }
         }
+        // A queue may have left one pending that was on its way meanwhile.
+        self.msix.raise_pending();
     }
 
     /// After the client has changed how interrupts are told.

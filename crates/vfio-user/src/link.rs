@@ -1,7 +1,7 @@
 //! The way to the client, shared by the session's thread, which answers, and the queues', which ask.
 
 use crate::wire::{Answer, Command, Frame, Header, Kind, MAX_DATA};
-use ringfence_vhost_user::channel::{ChannelError, send_frame};
+use ringfence_vhost_user::channel::{ChannelError, SendError, Sender, send_frame};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub(crate) struct Link {
     /// Whole messages are sent under its lock.
-    main: Mutex<OwnedFd>,
+    main: Mutex<Sender>,
     asking: Mutex<Asking>,
     answered: Condvar,
 }
@@ -42,6 +42,15 @@ pub(crate) enum Unanswered {
     Later,
 }
 
+/// What is known of bytes that were written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Arrival {
+    /// They are there.
+    Seen,
+    /// They are there before what we say next is heard: whoever is to answer waits for us.
+    OnItsWay,
+}
+
 #[derive(IntoBytes, Immutable)]
 #[repr(C)]
 struct RawDma {
@@ -52,7 +61,7 @@ struct RawDma {
 impl Link {
     pub(crate) fn new(socket: OwnedFd) -> Self {
         let asking = Asking { twin: None, max: MAX_DATA, next: 0, open: BTreeMap::new(), hushed: 0 };
-        Self { main: Mutex::new(socket), asking: Mutex::new(asking), answered: Condvar::new() }
+        Self { main: Mutex::new(Sender::new(socket)), asking: Mutex::new(asking), answered: Condvar::new() }
     }
 
     fn asking(&self) -> MutexGuard<'_, Asking> {
@@ -66,10 +75,23 @@ impl Link {
         asking.twin = twin;
     }
 
-    /// Answers.
+    /// Answers. A client that does not read at once gets it when it does, by [`Link::flush`].
     pub(crate) fn send<E>(&self, frame: &Frame<'_>) -> Result<(), ChannelError<E>> {
-        let main = self.main.lock().unwrap_or_else(PoisonError::into_inner);
-        send_frame(main.as_fd(), frame)
+        self.main().send_soon(frame)
+    }
+
+    /// Whether there are answers that the client has no room for: poll for room, then [`Link::flush`].
+    pub(crate) fn is_backed_up(&self) -> bool {
+        self.main().is_backed_up()
+    }
+
+    /// Sends as much of them as there is room for. Never waits.
+    pub(crate) fn flush(&self) -> Result<(), SendError> {
+        self.main().flush()
+    }
+
+    fn main(&self) -> MutexGuard<'_, Sender> {
+        self.main.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The client answered.
@@ -105,21 +127,20 @@ impl Link {
         Ok(())
     }
 
-    /// Writes memory of the client's. It is there when this returns, unless whoever is to answer waits for us: then it is
-    /// there before what we say next is heard.
-    pub(crate) fn write(&self, address: u64, from: &[u8]) -> Result<(), Unanswered> {
+    /// Writes memory of the client's.
+    pub(crate) fn write(&self, address: u64, from: &[u8]) -> Result<Arrival, Unanswered> {
         let max = self.asking().max as usize;
-        let mut at = address;
+        let (mut at, mut arrival) = (address, Arrival::Seen);
         for part in from.chunks(max) {
             let question = RawDma { address: at, count: part.len() as u64 };
             match self.ask(Command::DmaWrite, &[question.as_bytes(), part].concat()) {
-                // It is on its way before whatever is said next.
-                Ok(_) | Err(Unanswered::Later) => {}
+                Ok(_) => {}
+                Err(Unanswered::Later) => arrival = Arrival::OnItsWay,
                 Err(refused) => return Err(refused),
             }
             at = at.wrapping_add(part.len() as u64);
         }
-        Ok(())
+        Ok(arrival)
     }
 
     fn ask(&self, command: Command, body: &[u8]) -> Result<Vec<u8>, Unanswered> {
@@ -142,10 +163,10 @@ impl Link {
         drop(asking);
         let sent: Result<(), ChannelError<()>> = match twin {
             Some(twin) => {
-                let _one_at_a_time = self.main.lock().unwrap_or_else(PoisonError::into_inner);
+                let _one_at_a_time = self.main();
                 send_frame(twin.as_fd(), &frame)
             }
-            None => self.send(&frame),
+            None => self.main().send(&frame),
         };
         let mut asking = self.asking();
         if sent.is_err() {

@@ -115,8 +115,8 @@ impl GrantError {
         match self {
             GrantError::Mapped { .. } => Errno::EXIST,
             GrantError::TooMany { .. } => Errno::NOSPC,
-            GrantError::NotMapped { .. } => Errno::NOENT,
-            GrantError::Cut { .. } => Errno::INVAL,
+            // There is no such grant either way.
+            GrantError::NotMapped { .. } | GrantError::Cut { .. } => Errno::NOENT,
             GrantError::File { error, .. } => match error {
                 MapError::NotWritable => Errno::ACCESS,
                 MapError::NotMappable => Errno::NODEV,
@@ -216,7 +216,11 @@ impl Memory {
         }
         // Messages on their way are given up: whoever is to answer them waits for us.
         let _quiet = self.link.hush();
-        self.remote.change(|table| table.retain(|first, _| !taken.contains(first)));
+        self.remote.change(|table| {
+            for first in &taken {
+                table.remove(first);
+            }
+        });
         let fence = self.iotlb.invalidate(first, last);
         self.wait(fence, hurry);
         taken.iter().for_each(|first| drop(self.grants.remove(first)));

@@ -110,6 +110,10 @@ impl Connection {
             let mut fds = vec![end, self.client.as_fd(), broken, changed];
             fds.extend(self.twin.as_ref().map(AsFd::as_fd));
             let mut fds: Vec<_> = fds.into_iter().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+            let backed_up = self.session.link().is_backed_up();
+            if backed_up {
+                fds[1] = PollFd::from_borrowed_fd(self.client.as_fd(), PollFlags::IN | PollFlags::OUT);
+            }
             let look = self.client.holds_message().then(Timespec::default);
             match poll(&mut fds, look.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
@@ -124,6 +128,9 @@ impl Connection {
             }
             if ready.get(4) == Some(&true) {
                 self.answers();
+            }
+            if backed_up {
+                self.session.link().flush().map_err(ChannelError::<WireError>::from)?;
             }
             if self.messages()? == Read::End {
                 return Ok(Ended::ByFrontend);
@@ -148,7 +155,13 @@ impl Connection {
     /// Takes in what the client has sent, up to a bounded number of messages: it may send without end.
     fn messages(&mut self) -> Result<Read, Lost> {
         for _ in 0..BURST {
-            match self.client.receive()? {
+            let received = self.client.receive();
+            if let Err(ChannelError::Header(error)) = &received
+                && let Some(farewell) = error.farewell()
+            {
+                self.session.link().send::<WireError>(&farewell)?;
+            }
+            match received? {
                 Received::Message(Message { header, body, .. }) if header.kind == Kind::Reply => {
                     self.session.link().answered(&header, body);
                 }

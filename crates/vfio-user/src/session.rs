@@ -15,6 +15,7 @@ use ringfence_policy::IommuMode;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::io;
+use std::num::NonZeroU16;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,6 +41,8 @@ pub struct Options {
     pub poll: Duration,
     /// For how long storage that does not answer may keep a driver waiting for a reset. Not above three seconds.
     pub io_timeout: Duration,
+    /// The most MSI-X vectors there are. `None`: one for each queue and one for the configuration.
+    pub vectors: Option<NonZeroU16>,
 }
 
 /// The function's side of one connection.
@@ -141,7 +144,6 @@ impl SessionError {
     pub fn errno(&self) -> Errno {
         match self {
             SessionError::Grant(error) => error.errno(),
-            SessionError::MaskEvents => Errno::NOTSUP,
             SessionError::MemoryLost => Errno::IO,
             SessionError::Resources(error) => Errno::from_io_error(error).unwrap_or(Errno::IO),
             _ => Errno::INVAL,
@@ -259,8 +261,10 @@ impl Session {
         let Capabilities { max_msg_fds, max_data_xfer_size, max_dma_maps, pgsizes, twin_socket, write_multiple } =
             capabilities;
         // What the client names is answered, and nothing else.
+        let max_fds = max_msg_fds.map_or(1, |max| usize::try_from(max).unwrap_or(MAX_FDS)).min(MAX_FDS);
         let (twin, theirs) = match twin_socket {
-            Some(TwinSocket { supported: true, .. }) => {
+            // It has to take a descriptor for it.
+            Some(TwinSocket { supported: true, .. }) if max_fds > 0 => {
                 let flags = SocketFlags::CLOEXEC;
                 let (ours, theirs) =
                     socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(io::Error::from)?;
@@ -272,7 +276,6 @@ impl Session {
         let max = max_data_xfer_size.map_or(MAX_DATA, |max| u32::try_from(max).unwrap_or(MAX_DATA));
         self.memory.link().set_up(max, asked);
         self.twin = twin;
-        let max_fds = max_msg_fds.map_or(1, |max| usize::try_from(max).unwrap_or(MAX_FDS)).min(MAX_FDS);
         self.negotiated = Negotiation::Done { max_fds };
         let capabilities = Capabilities {
             max_msg_fds: max_msg_fds.map(|_| MAX_FDS as u64),
@@ -369,6 +372,6 @@ fn act(msix: &mut Msix, action: Action, vector: u32) {
         Action::Mask => msix.set_masked(vector, true),
         Action::Unmask => msix.set_masked(vector, false),
         // There are no more vectors than the table has.
-        Action::Trigger => msix.trigger(vector as u16),
+        Action::Trigger => msix.try_out(vector as u16),
     }
 }

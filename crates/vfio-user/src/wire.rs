@@ -21,7 +21,7 @@ pub use reply::{IrqInfo, Reply, Subregion};
 pub use request::{DmaMap, DmaUnmap, Request, Unmapped, Write};
 pub use version::{Capabilities, TwinSocket, Version};
 
-use ringfence_vhost_user::channel::Head;
+use ringfence_vhost_user::channel::{Head, SPACE};
 pub use ringfence_vhost_user::wire::Frame;
 use std::os::fd::{AsFd, OwnedFd};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -32,7 +32,8 @@ pub const MAX_DATA: u32 = 1 << 20;
 /// The longest message that is taken, in bytes: data, and what comes before it.
 pub const MAX_MESSAGE: u32 = MAX_DATA + 64;
 
-/// The most file descriptors of one message. QEMU takes no server that claims more.
+/// The most file descriptors of one message, as we say it. QEMU takes no server that claims more. What comes with more all
+/// the same is taken too: a client that has not asked sets up all of its interrupts at once.
 pub const MAX_FDS: usize = 16;
 
 /// Whether a message asks or answers.
@@ -119,17 +120,17 @@ impl Header {
 impl Head for Header {
     type Bytes = [u8; Header::SIZE];
     type Error = WireError;
-    const MAX_FDS: usize = MAX_FDS;
+    const MAX_FDS: usize = SPACE;
 
     /// Reads a header. Flags that nobody has defined mean nothing.
     fn parse(bytes: &Self::Bytes) -> Result<Self, WireError> {
         let RawHeader { id, command, size, flags, error } = zerocopy::transmute!(*bytes);
         let body = size.checked_sub(Self::SIZE as u32).filter(|_| size <= MAX_MESSAGE);
-        let body = body.ok_or(WireError::Length { command, size, max: MAX_MESSAGE })?;
+        let body = body.ok_or(WireError::Length { id, command, size, max: MAX_MESSAGE })?;
         let kind = match flags & Self::TYPE {
             0 => Kind::Command,
             Self::REPLY => Kind::Reply,
-            other => return Err(WireError::Type { command, other }),
+            other => return Err(WireError::Type { id, command, other }),
         };
         Ok(Self {
             id,

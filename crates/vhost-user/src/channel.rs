@@ -53,8 +53,8 @@ pub trait Head: Copy + Debug {
     fn body(&self) -> usize;
 }
 
-/// There is room for so many descriptors with one read or write.
-pub const SPACE: usize = 32;
+/// There is room for so many descriptors with one read or write: the kernel takes no more with one message.
+pub const SPACE: usize = 253;
 
 impl Head for Header {
     type Bytes = [u8; Header::SIZE];
@@ -334,6 +334,16 @@ pub enum SendError {
     Socket(Errno),
 }
 
+impl<E> From<SendError> for ChannelError<E> {
+    fn from(error: SendError) -> Self {
+        match error {
+            SendError::Closed => ChannelError::Closed,
+            SendError::Backlog { .. } => ChannelError::TimedOut("read"),
+            SendError::Socket(errno) => ChannelError::Socket(errno),
+        }
+    }
+}
+
 impl Sender {
     /// Uses `socket`, a connected Unix stream.
     pub fn new(socket: OwnedFd) -> Self {
@@ -373,6 +383,39 @@ impl Sender {
         };
         self.backlog.drain(..sent);
         result
+    }
+
+    /// Sends `frame`, or keeps what the socket does not take at once of it, if it has no descriptors: a peer may ask a lot
+    /// before it reads the first answer. Where no more can be kept it waits, though not for ever.
+    ///
+    /// # Errors
+    /// As [`Channel::send`].
+    pub fn send_soon<E>(&mut self, frame: &Frame<'_>) -> Result<(), ChannelError<E>> {
+        if !frame.fds.is_empty() {
+            return self.send(frame);
+        }
+        self.drain_to(MAX_BACKLOG.saturating_sub(frame.bytes.len()))?;
+        self.backlog.extend_from_slice(&frame.bytes);
+        self.flush().map_err(ChannelError::from)
+    }
+
+    /// Sends what is kept, and all of `frame`. Waits for a peer that does not read, though not for ever.
+    ///
+    /// # Errors
+    /// As [`Channel::send`].
+    pub fn send<E>(&mut self, frame: &Frame<'_>) -> Result<(), ChannelError<E>> {
+        self.drain_to(0)?;
+        send_frame(self.socket.as_fd(), frame)
+    }
+
+    /// Waits until no more than so many bytes are kept.
+    fn drain_to<E>(&mut self, left: usize) -> Result<(), ChannelError<E>> {
+        let deadline = Instant::now() + SEND_PATIENCE;
+        while self.backlog.len() > left {
+            wait(self.socket.as_fd(), PollFlags::OUT, deadline, "read")?;
+            self.flush().map_err(ChannelError::from)?;
+        }
+        Ok(())
     }
 
     /// Whether something is kept: poll for room, then [`Sender::flush`] again.

@@ -142,6 +142,8 @@ impl Vring {
         self.call = fd.map(eventfd::of_stranger).transpose()?;
         if let Some(worker) = &self.worker {
             worker.control().set_call(clone(&self.call)?);
+            // What was used since the last one may have been told to nobody: a front-end may have let go of it before.
+            worker.control().tell();
         }
         Ok(())
     }
@@ -175,7 +177,9 @@ impl Vring {
         let stopped = self.stopped.take().unwrap_or_else(|| Stopped::at(position));
         let queue = Queue::new(ring, self.size, view, handler, report, stopped);
         let name = format!("{}-queue-{}", with.device.name(), with.index);
-        self.worker = Some(Worker::start(&name, queue, control, bells)?);
+        self.worker = Some(Worker::start(&name, queue, Arc::clone(&control), bells)?);
+        // What was used before it began may have been told to nobody: by a back-end that died, say.
+        control.tell();
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! The function's list of capabilities (§4.1.4, PCI 3.0 §6.7), as it is built into the configuration space.
 
-use super::layout::{BAR_MSIX, BAR_VIRTIO, COMMON, DEVICE, ISR, NOTIFY, NOTIFY_MULTIPLIER, PENDING, vectors};
+use super::layout::{BAR_MSIX, BAR_VIRTIO, COMMON, DEVICE, ISR, NOTIFY, NOTIFY_MULTIPLIER, PENDING};
 use std::ops::Range;
 
 /// Where the capabilities are that something happens at.
@@ -29,7 +29,7 @@ const WINDOW_LEN: u8 = 20;
 const FLR_CAPABLE: u32 = 1 << 28;
 
 /// Writes the list. `writable` gets a one for every bit that a write changes.
-pub(super) fn build(space: &mut [u8], writable: &mut [u8], queues: u16, config: usize) -> Found {
+pub(super) fn build(space: &mut [u8], writable: &mut [u8], vectors: u16, config: usize) -> Found {
     let mut list = List { space, next: FIRST, link: 0x34 };
     let structure = |kind: u8, place: Range<u64>, extra: &[u8]| {
         let mut body = vec![(16 + extra.len()) as u8, kind, BAR_VIRTIO as u8, 0, 0, 0];
@@ -47,7 +47,7 @@ pub(super) fn build(space: &mut [u8], writable: &mut [u8], queues: u16, config: 
     }
     let window = list.add(VENDOR, &[WINDOW_LEN, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
 
-    let mut msix = Vec::from((vectors(queues) - 1).to_le_bytes());
+    let mut msix = Vec::from((vectors - 1).to_le_bytes());
     msix.extend(BAR_MSIX.to_le_bytes());
     msix.extend((PENDING as u32 | BAR_MSIX).to_le_bytes());
     let msix = list.add(MSIX, &msix);

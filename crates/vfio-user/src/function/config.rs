@@ -51,7 +51,7 @@ impl Did {
 }
 
 impl ConfigSpace {
-    pub(super) fn new(id: u16, queues: u16, config: usize) -> Self {
+    pub(super) fn new(id: u16, vectors: u16, config: usize) -> Self {
         let mut bytes = vec![0; CONFIG_LEN as usize];
         let mut writable = vec![0; CONFIG_LEN as usize];
         let device = FIRST_DEVICE + id;
@@ -76,7 +76,7 @@ impl ConfigSpace {
         may(BARS + 8, &(!(BAR_MSIX_LEN as u32 - 1)).to_le_bytes());
         // The interrupt line is for software; no pin is wired.
         may(0x3c, &[0xff]);
-        let found = capabilities::build(&mut bytes, &mut writable, queues, config);
+        let found = capabilities::build(&mut bytes, &mut writable, vectors, config);
         Self { fresh: bytes.clone(), bytes, writable, found, mastered: false }
     }
 

@@ -1,5 +1,6 @@
 //! Where everything lies: the function's regions, and the structures of virtio in them (§4.1.4).
 
+use std::num::NonZeroU16;
 use std::ops::Range;
 
 /// Regions of a PCI device, as VFIO numbers them: BARs first.
@@ -44,9 +45,9 @@ pub const BAR_MSIX_LEN: u64 = 0x10000;
 /// The most MSI-X vectors of a function.
 const MOST_VECTORS: u16 = 2048;
 
-/// One vector for each queue, and one for the configuration.
-pub fn vectors(queues: u16) -> u16 {
-    queues.saturating_add(1).min(MOST_VECTORS)
+/// One vector for each queue, and one for the configuration; no more than `most`.
+pub fn vectors(queues: u16, most: Option<NonZeroU16>) -> u16 {
+    queues.saturating_add(1).min(most.map_or(MOST_VECTORS, NonZeroU16::get)).min(MOST_VECTORS)
 }
 
 /// How many bytes a region has; 0: it is not there.

@@ -110,6 +110,13 @@ impl Msix {
         }
     }
 
+    /// DEVICE_SET_IRQS that raises one. Without an eventfd it has nothing to do: nothing has happened that could be missed.
+    pub(crate) fn try_out(&self, vector: u16) {
+        if self.vectors[usize::from(vector)].line.is_some() {
+            self.trigger(vector);
+        }
+    }
+
     /// DEVICE_SET_IRQS with eventfds; none takes them back. The range has been checked.
     pub(crate) fn set_lines(&mut self, start: u32, lines: Vec<Option<Event>>) {
         for (vector, line) in self.vectors[start as usize..].iter_mut().zip(lines) {
@@ -132,7 +139,7 @@ impl Msix {
     }
 
     /// What was pending and can be raised now is.
-    fn raise_pending(&self) {
+    pub(super) fn raise_pending(&self) {
         for (number, vector) in self.vectors.iter().enumerate() {
             if let Some(line) = &vector.line
                 && !self.is_masked(number)

@@ -11,7 +11,7 @@ use ringfence_device::worker::{Bells, Control, Stuck, Worker};
 use ringfence_dma::{BusAddr, Fault};
 use ringfence_driver::pci::common::NO_VECTOR;
 use ringfence_iotlb::Wake;
-use ringfence_ring::{DeviceQueue, Layout, LayoutError, Position, Rules};
+use ringfence_ring::{DeviceQueue, Layout, LayoutError, Position, RingArea, Rules};
 use ringfence_vhost_user::Limit;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -139,7 +139,7 @@ impl Queue {
         let position = self.stopped.as_ref().map_or(start, |stopped| stopped.position);
         let ring = DeviceQueue::new(with.rules, layout, position)?;
         let handler = Arc::clone(with.device).open_queue(with.index, self.size, with.features)?;
-        let control = Control::new(None)?;
+        let control = Control::new(call(&self.route)?)?;
         let bells = Bells {
             kick: Some(self.kick.try_clone()?),
             error: Some(with.broken.try_clone()?),
@@ -148,14 +148,15 @@ impl Queue {
         };
         let Start { memory, broken, .. } = *with;
         let view = memory.iotlb().view(Arc::new(Waker(Arc::clone(&control))));
-        let bus = Bus::new(view, Arc::clone(memory.remote()), Arc::clone(memory.link()), Arc::clone(broken));
+        let rings = RingArea::ALL.map(|area| {
+            let first = layout.addr(area).0;
+            // It does not wrap: that was checked with the ring.
+            (first, first.saturating_add(u64::from(area.len(with.rules.format, self.size)) - 1))
+        });
+        let bus = Bus::new(view, Arc::clone(memory.remote()), Arc::clone(memory.link()), Arc::clone(broken), rings);
         let report = FaultLog { queue: with.index, total: Arc::clone(with.faults), limit: Limit::new() };
         let stopped = self.stopped.take().unwrap_or_else(|| Stopped::at(position));
         let engine = Engine::new(ring, self.size, bus, handler, Box::new(report), stopped);
-        // Before it can have used anything.
-        if let Some(call) = call(&self.route)? {
-            control.set_call(Some(call));
-        }
         let name = format!("{}-queue-{}", with.device.name(), with.index);
         self.worker = Some(Worker::start(&name, engine, control, bells)?);
         Ok(())

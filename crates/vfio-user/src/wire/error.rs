@@ -1,4 +1,4 @@
-use super::Command;
+use super::{Answer, Command, Frame, Header, Kind};
 use rustix::io::Errno;
 
 /// What is wrong with a message that the peer sent.
@@ -7,6 +7,8 @@ pub enum WireError {
     /// A length that no message has. The stream is lost.
     #[error("message {command}: {size} bytes in all, the limit is {max}")]
     Length {
+        /// What the sender calls it.
+        id: u16,
         /// The message's number.
         command: u16,
         /// The length it claims.
@@ -17,6 +19,8 @@ pub enum WireError {
     /// Neither a command nor a reply. The stream is lost.
     #[error("message {command}: type {other}, which is neither a command nor a reply")]
     Type {
+        /// What the sender calls it.
+        id: u16,
         /// The message's number.
         command: u16,
         /// The type it claims.
@@ -100,12 +104,18 @@ pub enum WireError {
 }
 
 impl WireError {
-    /// What the sender is told.
+    /// What the sender is told: clients know nothing else from the protocol's first server, libvfio-user.
     pub fn errno(&self) -> Errno {
-        match self {
-            WireError::Unknown { .. } => Errno::NOSYS,
-            WireError::Unsupported { .. } => Errno::NOTSUP,
-            _ => Errno::INVAL,
-        }
+        Errno::INVAL
+    }
+
+    /// The last answer of a stream that is lost, if it is.
+    pub(crate) fn farewell(&self) -> Option<Frame<'static>> {
+        let (&id, &command) = match self {
+            WireError::Length { id, command, .. } | WireError::Type { id, command, .. } => (id, command),
+            _ => return None,
+        };
+        let header = Header { id, command, kind: Kind::Command, answer: Answer::Wanted, error: None, body: 0 };
+        Some(header.refusal(self.errno().raw_os_error() as u32))
     }
 }

@@ -89,13 +89,18 @@ impl SetIrqs {
         if start.checked_add(count).is_none() {
             return Err(WireError::Field { command, field: "count", value: count.into() });
         }
+        // None of them is all of them, for turning them off alone.
+        let all_off = action == Action::Trigger && flags & DATA == DATA_NONE && start == 0;
+        if count == 0 && !all_off {
+            return Err(WireError::Field { command, field: "count", value: 0 });
+        }
         let data = match flags & DATA {
             DATA_NONE => IrqData::None,
-            DATA_BOOL if data.len() < count as usize => {
+            DATA_BOOL if data.len() != count as usize => {
                 let needed = size_of::<Raw>() + count as usize;
                 return Err(WireError::Short { command, got: body.len(), needed });
             }
-            DATA_BOOL => IrqData::Bools(data[..count as usize].iter().map(|&byte| byte != 0).collect()),
+            DATA_BOOL => IrqData::Bools(data.iter().map(|&byte| byte != 0).collect()),
             DATA_EVENTFD if fds.is_empty() || fds.len() == count as usize => {
                 return Ok(Self { index, start, count, action, data: IrqData::EventFds(fds) });
             }

@@ -113,8 +113,9 @@ impl Reply {
             }
             Reply::RegionIoFds { argsz: room, index, parts } => {
                 let argsz = fixed + (parts.len() * size_of::<RawSubregion>()) as u32;
-                let parts = if room < argsz { Vec::new() } else { parts };
+                // How many there are also where there is no room for them, as libvfio-user has it.
                 let info = RawInfo { argsz, flags: 0, index, count: parts.len() as u32 };
+                let parts = if room < argsz { Vec::new() } else { parts };
                 let mut body = info.as_bytes().to_vec();
                 for (fd_index, part) in (0..).zip(&parts) {
                     let Subregion { offset, size, .. } = *part;

@@ -114,6 +114,10 @@ struct RawMap {
 const READABLE: u32 = 1;
 const WRITEABLE: u32 = 1 << 1;
 const BOTH: u32 = READABLE | WRITEABLE;
+/// How the file is to be reached: mapped, or read and written. libvfio-user has these two, the protocol's text has not. What
+/// is mapped here shows the same bytes as what is read and written.
+const MAPPED: u32 = 1 << 2;
+const FILE_IO: u32 = 1 << 3;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -175,7 +179,7 @@ impl Request {
         let number = header.command;
         let command = Command::from_number(number).ok_or(WireError::Unknown { number })?;
         if header.kind == Kind::Reply {
-            return Err(WireError::Type { command: number, other: 1 });
+            return Err(WireError::Type { id: header.id, command: number, other: 1 });
         }
         let max = match command {
             Command::DmaMap => 1,
@@ -193,9 +197,10 @@ impl Request {
             Command::DeviceGetInfo => info(command, body).map(|_| Request::DeviceInfo),
             Command::DeviceGetRegionInfo => region_info(body),
             Command::DeviceGetRegionIoFds => {
-                let RawInfo { argsz, flags, index, .. } = info(command, body)?;
-                match flags {
-                    0 => Ok(Request::RegionIoFds { argsz, index }),
+                let RawInfo { argsz, flags, index, count } = info(command, body)?;
+                match (flags, count) {
+                    (0, 0) => Ok(Request::RegionIoFds { argsz, index }),
+                    (0, _) => Err(WireError::Field { command, field: "count", value: count.into() }),
                     _ => Err(WireError::Field { command, field: "flags", value: flags.into() }),
                 }
             }
@@ -340,7 +345,11 @@ impl DmaMap {
         let command = Command::DmaMap;
         let (RawMap { argsz, flags, offset, address, size }, _) = head::<RawMap>(command, body)?;
         enough(command, argsz, size_of::<RawMap>())?;
-        let permission = match flags {
+        let by_file = MAPPED | FILE_IO;
+        if flags & by_file != 0 && fd.is_none() {
+            return Err(WireError::Field { command, field: "flags", value: flags.into() });
+        }
+        let permission = match flags & !by_file {
             READABLE => Permission::ReadOnly,
             WRITEABLE => Permission::WriteOnly,
             BOTH => Permission::ReadWrite,

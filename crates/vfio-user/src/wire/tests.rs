@@ -62,6 +62,27 @@ fn ranges_are_of_pages_and_do_not_wrap() {
     }
 }
 
+#[test]
+fn a_map_may_say_how_its_file_is_reached_if_it_has_one() {
+    let parse = |flags: u32, with_file: bool| {
+        let words = [32, flags].into_iter().flat_map(u32::to_ne_bytes);
+        let body: Vec<u8> = words.chain([0, 0x1000, 0x1000].into_iter().flat_map(u64::to_ne_bytes)).collect();
+        let header = Header { id: 0, command: 2, kind: Kind::Command, answer: Answer::Wanted, error: None, body: 32 };
+        let fds = with_file.then(|| std::io::pipe().unwrap().0.into());
+        match Request::parse(&header, &body, Vec::from_iter(fds)) {
+            Ok(Request::DmaMap(map)) => Some(map.permission),
+            _ => None,
+        }
+    };
+    for by_file in [0, 4, 8, 12] {
+        assert_eq!(parse(3 | by_file, true), Some(Permission::ReadWrite));
+        assert_eq!(parse(1 | by_file, true), Some(Permission::ReadOnly));
+        assert_eq!(parse(by_file, true), None, "nothing may be done there");
+        assert_eq!(parse(3 | by_file, false).is_some(), by_file == 0);
+    }
+    assert_eq!(parse(3 | 16, true), None);
+}
+
 proptest! {
     #[test]
     fn any_bytes_are_a_message_or_an_error(

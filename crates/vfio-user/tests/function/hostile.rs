@@ -105,11 +105,24 @@ fn interrupts_that_there_are_not_are_refused() {
     set(2, 2, 1, Trigger, IrqData::None).unwrap();
     rustix::io::read(&vector, &mut [0; 8]).unwrap();
     set(2, 0, 0, Trigger, IrqData::None).unwrap();
+    // Without an eventfd that is nothing, also for the next one.
+    set(2, 2, 1, Trigger, IrqData::None).unwrap();
+    rustix::fs::fcntl_setfl(&vector, rustix::fs::OFlags::NONBLOCK).unwrap();
+    client.set_vector(2, vector.try_clone().unwrap()).unwrap();
+    assert!(rustix::io::read(&vector, &mut [0; 8]).is_err());
     for refused in [
         set(2, 3, 1, Trigger, IrqData::None),
         set(2, 0, 4, Mask, IrqData::None),
         set(2, u32::MAX, 1, Mask, IrqData::None),
         set(2, 0, 2, Trigger, IrqData::EventFds(vec![event()])),
+        // Of none: all of them are turned off, and nothing else is done.
+        set(2, 1, 0, Trigger, IrqData::None),
+        set(2, 0, 0, Mask, IrqData::None),
+        set(2, 0, 0, Trigger, IrqData::Bools(vec![])),
+        set(2, 0, 0, Trigger, IrqData::EventFds(vec![])),
+        // One bool too many, or too few.
+        set(2, 0, 2, Trigger, IrqData::Bools(vec![true; 3])),
+        set(2, 0, 2, Trigger, IrqData::Bools(vec![true; 1])),
         set(0, 0, 1, Trigger, IrqData::EventFds(vec![event()])),
         set(5, 0, 0, Trigger, IrqData::None),
         set(2, 0, 1, Mask, IrqData::EventFds(vec![event()])),

@@ -78,7 +78,7 @@ fn be_a_server(socket: &Path, image: &str) {
     let server = Server::bind(socket).unwrap();
     let (_kept, end) = UnixStream::pair().unwrap();
     println!("ready: listening");
-    serve(server, &disk(image, 1), IommuMode::Offer, end.as_fd());
+    serve(server, &disk(image, 1), options(IommuMode::Offer), end.as_fd());
 }
 
 /// Requests are under way at all times, until `go_on` says no or nothing comes back any more: then what the driver says.

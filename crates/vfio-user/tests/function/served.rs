@@ -14,6 +14,7 @@ use ringfence_policy::IommuMode;
 use ringfence_vfio_user::client::{Client, Far, Remote};
 use ringfence_vfio_user::server::{self, Options, Server};
 use std::io::Write;
+use std::num::NonZeroU16;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -50,12 +51,21 @@ impl Served {
         Self::start(Arc::new(Rng), IommuMode::Require)
     }
 
+    /// With so many vectors at the most.
+    pub(crate) fn disk_with_vectors(queues: u16, vectors: Option<NonZeroU16>) -> Self {
+        Self::start_with(disk("memory:8M", queues), Options { vectors, ..options(IommuMode::Offer) })
+    }
+
     pub(crate) fn start(device: Arc<dyn Device>, iommu: IommuMode) -> Self {
+        Self::start_with(device, options(iommu))
+    }
+
+    fn start_with(device: Arc<dyn Device>, options: Options) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("function.sock");
         let server = Server::bind(&socket).unwrap();
         let (end, ended) = UnixStream::pair().unwrap();
-        let serve = move || serve(server, &device, iommu, ended.as_fd());
+        let serve = move || serve(server, &device, options, ended.as_fd());
         Self { socket, end, thread: Some(std::thread::spawn(serve)), _folder: folder }
     }
 
@@ -87,10 +97,13 @@ pub(crate) fn disk(image: &str, queues: u16) -> Arc<dyn Device> {
     Arc::new(Disk::new(storage, blk::Options { queues, queue_size: 256, serial: "test".to_owned() }))
 }
 
-/// Serves until `end`.
-pub(crate) fn serve(server: Server, device: &Arc<dyn Device>, iommu: IommuMode, end: BorrowedFd<'_>) {
+pub(crate) fn options(iommu: IommuMode) -> Options {
     let poll = Duration::from_micros(20);
-    let options = Options { iommu, queue_size: 256, poll, io_timeout: Duration::from_secs(2) };
+    Options { iommu, queue_size: 256, poll, io_timeout: Duration::from_secs(2), vectors: None }
+}
+
+/// Serves until `end`.
+pub(crate) fn serve(server: Server, device: &Arc<dyn Device>, options: Options, end: BorrowedFd<'_>) {
     server::run(server, device.name(), || Ok(Arc::clone(device)), options, end).unwrap();
 }
 
