@@ -158,7 +158,7 @@ struct Boot {
 
 /// Serves a device in `folder`.
 fn serve(kit: &Kit<'_>, folder: &Path, device: &str, more: &[&Path]) -> Result<Backend, String> {
-    let mut command = Command::new(kit.workspace.target.join("release/ringfence"));
+    let mut command = Command::new(kit.workspace.ringfence());
     let socket = folder.join(device);
     command.args(["serve", device, "--transport", "vfio-user", "--socket"]).arg(&socket).args(more);
     Backend::start(command, &socket, &folder.join(format!("{device}-log"))).map_err(text)

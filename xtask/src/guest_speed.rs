@@ -98,7 +98,7 @@ fn boot(
     for image in [&own, &other] {
         fill(image).map_err(|error| format!("{}: {error}", image.display()))?;
     }
-    let mut server = Command::new(workspace.target.join("release/ringfence"));
+    let mut server = Command::new(workspace.ringfence());
     server.args(["serve", "blk", "--log", "info", "--socket"]).arg(&socket).arg("--image").arg(&other);
     server.args(args.options.split_whitespace());
     let server = Backend::start(server, &socket, &at("log")).map_err(text)?;

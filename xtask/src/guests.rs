@@ -73,7 +73,7 @@ impl GuestArgs {
     }
 
     fn matrix(&self, workspace: &Workspace) -> Command {
-        let program = self.binary.clone().unwrap_or_else(|| workspace.target.join("release/ringfence"));
+        let program = self.binary.clone().unwrap_or_else(|| workspace.ringfence());
         let mut command = Command::new(program);
         let real = "source=real".parse().expect("a key and a name that there are");
         command.args(["matrix", "--real", "--only", &self.only.and(&real).to_string()]);

@@ -29,7 +29,7 @@ mod wrapped;
 
 use std::env;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use clap::{Parser, Subcommand};
 
@@ -37,7 +37,7 @@ use crate::cards::Which;
 use crate::fuzz::FuzzArgs;
 use crate::guest_speed::SpeedArgs;
 use crate::guests::GuestArgs;
-use crate::steps::{Run, Steps};
+use crate::steps::{Pass, Run, Steps};
 
 /// Everything a contributor or CI runs.
 #[derive(Parser)]
@@ -124,16 +124,25 @@ enum Task {
 }
 
 /// The workspace, and where its builds go.
+#[derive(Clone)]
 pub(crate) struct Workspace {
     pub(crate) root: PathBuf,
     pub(crate) target: PathBuf,
+    /// Whether guests get the `ringfence` that the tests have, which is there already and has its assertions, rather than
+    /// the one that users have.
+    pub(crate) with_assertions: bool,
 }
 
 impl Workspace {
     fn here() -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is in the workspace").to_owned();
         let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |path| root.join(path));
-        Self { root, target }
+        Self { root, target, with_assertions: false }
+    }
+
+    /// The program that guests, and whoever else, are given.
+    pub(crate) fn ringfence(&self) -> PathBuf {
+        self.target.join(if self.with_assertions { "debug" } else { "release" }).join("ringfence")
     }
 }
 
@@ -155,6 +164,7 @@ fn perform(task: Task) -> Result<bool, String> {
         Task::Test { keep_going, guests } => {
             // A selection of nothing is worth knowing before ten minutes have passed.
             guests.cells()?;
+            let workspace = &Workspace { with_assertions: true, ..workspace.clone() };
             run(workspace, keep_going, |steps| test(workspace, steps, &guests))
         }
         Task::Guests { list: true, guests } => {
@@ -184,29 +194,30 @@ fn perform(task: Task) -> Result<bool, String> {
             steps.step("confined devices", |log| confined::boot(workspace, true, log))
         }),
         Task::Vfio => run(workspace, false, |steps| {
-            server(steps)?;
+            server(workspace, steps)?;
             steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
             steps.step("devices by way of VFIO", |log| vfio::boot(workspace, true, log))
         }),
         Task::Cards { which } => run(workspace, false, |steps| {
-            server(steps)?;
+            server(workspace, steps)?;
             steps.step("whole PCI functions", |log| cards::boot(workspace, which, true, log))
         }),
         Task::Wrapped { which } => run(workspace, false, |steps| {
-            server(steps)?;
+            server(workspace, steps)?;
             steps.step("wrapped back-ends", |log| wrapped::boot(workspace, which, true, log))
         }),
-        Task::Report { picture: None } => {
-            run(workspace, false, |steps| steps.step("the report in a browser", |log| report::run(workspace, log)))
-        }
-        Task::Report { picture: Some(path) } => {
-            run(workspace, false, |steps| steps.step("a picture", |log| report::picture(workspace, log, &path)))
-        }
+        Task::Report { picture } => run(workspace, false, |steps| {
+            server(workspace, steps)?;
+            match &picture {
+                None => steps.step("the report in a browser", |log| report::run(workspace, log)),
+                Some(path) => steps.step("a picture", |log| report::picture(workspace, log, path)),
+            }
+        }),
         Task::Instructions => {
             run(workspace, false, |steps| steps.step("instructions", |log| instructions::run(workspace, log)))
         }
         Task::GuestSpeed { speed } => run(workspace, false, |steps| {
-            steps.cargo("the server", &["build", "--release", "-p", "ringfence"], &[])?;
+            server(workspace, steps)?;
             steps.step("guest speed", |log| guest_speed::run(workspace, &speed, log))
         }),
         Task::Bit33 => run(workspace, false, |steps| steps.step("bit 33", |_| bit33::run(workspace))),
@@ -239,8 +250,13 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
         // Other flags in the same folder would build everything anew, twice.
         &[("RUSTFLAGS", "--cfg loom"), ("CARGO_TARGET_DIR", &loom)],
     )?;
-    steps.cargo("demo", &["run", "--release", "-p", "ringfence", "--", "demo"], &[])?;
-    steps.cargo("matrix", &["run", "--release", "-p", "ringfence", "--", "matrix"], &[])?;
+    server(workspace, steps)?;
+    for name in ["demo", "matrix"] {
+        steps.step(name, |log| {
+            log.run(Command::new(workspace.ringfence()).arg(name).current_dir(&workspace.root))?;
+            Ok(Pass::Whole(String::new()))
+        })?;
+    }
     steps.step("instructions a request", |log| instructions::run(workspace, log))?;
     steps.step("confined devices", |log| confined::boot(workspace, guests.no_skip(), log))?;
     steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
@@ -251,13 +267,14 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     steps.step("wrapped back-ends", |log| wrapped::boot(workspace, wrapped::Which::All, guests.no_skip(), log))
 }
 
-fn server(steps: &mut Steps) -> Run {
-    steps.cargo("the server", &["build", "--release", "-p", "ringfence"], &[])
+fn server(workspace: &Workspace, steps: &mut Steps) -> Run {
+    let arguments = ["build", "-p", "ringfence", "--release"];
+    steps.cargo("the server", if workspace.with_assertions { &arguments[..3] } else { &arguments }, &[])
 }
 
 fn boots(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
-    if guests.needs_our_server() {
-        server(steps)?;
+    if guests.needs_our_server() && !workspace.with_assertions {
+        server(workspace, steps)?;
     }
     steps.step("real guests", |log| guests::run(workspace, guests, log))
 }

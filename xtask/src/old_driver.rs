@@ -11,9 +11,9 @@ use crate::steps::{Log, Pass, StepResult, cargo};
 /// The program, and its file beside `ringfence` itself.
 const NAME: &str = "ringfence-old-driver";
 
-/// Where a finished program without an operating system lies.
+/// Where a finished program without an operating system lies: where `ringfence` looks for it.
 pub(crate) fn program(workspace: &Workspace, name: &str) -> PathBuf {
-    workspace.target.join("release").join(name)
+    workspace.ringfence().with_file_name(name)
 }
 
 /// Checks and builds all of them.

@@ -15,7 +15,7 @@ pub(crate) fn begin(workspace: &Workspace, guests: &GuestArgs) {
     // Whoever chose a QEMU has it, or knows what he fetches.
     let Some(cells) = guests.cells().ok().filter(|_| guests.takes_any_qemu()) else { return };
     let folder = workspace.target.join("guests");
-    let workspace = Workspace { root: workspace.root.clone(), target: workspace.target.clone() };
+    let workspace = workspace.clone();
     let progress = |line: &str| say(&format!("    meanwhile: {line}"));
     thread::spawn(move || {
         let _ = Session::prepare(&cells, &folder, QemuSource::Auto, &progress);

@@ -2,14 +2,14 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use ringfence_guests::{Cache, apt};
 use serde_json::{Value, json};
 
 use crate::Workspace;
 use crate::browser::{Browser, base64};
-use crate::steps::{Log, Pass, StepResult, cargo, say};
+use crate::steps::{Log, Pass, StepResult, say};
 
 /// By Debian's name and by others'.
 const PROGRAMS: [&str; 3] = ["chromium", "chromium-browser", "google-chrome"];
@@ -73,9 +73,9 @@ fn folder(workspace: &Workspace) -> Result<PathBuf, String> {
 
 /// The embedded matrix and the real one of `from`, as a user makes it.
 fn write(workspace: &Workspace, log: &mut Log, format: &str, from: &str, to: &Path) -> Result<(), String> {
-    let mut command = cargo(&workspace.root);
-    command.args(["run", "--release", "-p", "ringfence", "--", "matrix", "--from", from]);
-    log.run(command.args(["--format", format, "--output"]).arg(to))
+    let mut command = Command::new(workspace.ringfence());
+    command.args(["matrix", "--from", from, "--format", format, "--output"]).arg(to);
+    log.run(command.current_dir(&workspace.root))
 }
 
 fn with_browser(program: &str, folder: &Path, work: impl FnOnce(Browser) -> StepResult) -> StepResult {

@@ -139,7 +139,7 @@ pub(crate) fn boot(workspace: &Workspace, no_skip: bool, log: &mut Log) -> StepR
         Err(error) => return Err(error.to_string()),
     };
     let with_cards = Qemu::with_device(&cache, QemuSource::Auto, Arch::Amd64, "vfio-user-pci").map_err(text)?;
-    let server = workspace.target.join("release/ringfence");
+    let server = workspace.ringfence();
     let started = Instant::now();
     let kit = Kit { cache: &cache, qemu, with_cards, program, server };
     for cell in CELLS {

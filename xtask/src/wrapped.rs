@@ -57,13 +57,7 @@ pub(crate) fn boot(workspace: &Workspace, which: Which, no_skip: bool, log: &mut
     let busybox = cache.busybox(Arch::Amd64).map_err(text)?;
     let machine = |iommu: Iommu| -> Result<Machine<'_>, String> {
         let kernel = cache.kernel(iommu.kernel(), Arch::Amd64).map_err(text)?;
-        Ok(Machine {
-            server: workspace.target.join("release/ringfence"),
-            qemu: &qemu,
-            kernel,
-            busybox: &busybox,
-            iommu,
-        })
+        Ok(Machine { server: workspace.ringfence(), qemu: &qemu, kernel, busybox: &busybox, iommu })
     };
     let (intel, virtio) = (machine(Iommu::Intel)?, machine(Iommu::Virtio)?);
 
