@@ -45,6 +45,10 @@ impl Recorder {
 impl Transport for Recorder {
     type Error = EmbeddedError;
 
+    fn features(&self) -> u64 {
+        self.inner.features()
+    }
+
     fn identity(&self) -> Identity {
         self.inner.identity()
     }
@@ -186,6 +190,23 @@ fn memory_of_a_device_that_does_not_confirm_its_reset_is_never_used_again() {
         drop(disk);
         assert_eq!(world.domain.mapped(), lent, "rings, records and the buffer");
     });
+}
+
+#[test]
+fn a_disk_that_needs_a_reset_is_not_restarted_and_keeps_what_it_has() {
+    let transport = started(DISK_FEATURES | RING_RESET, IommuMode::Offer, Lie::None, |disk, world| {
+        let mut disk = disk.unwrap();
+        disk.device_mut().transport_mut().inner.device_mut().mood = Mood::Sleepy;
+        let into = [world.buffer(0, 512)];
+        disk.submit(ringfence_driver::blk::Request::Read { sector: 0, into: &into }).unwrap();
+        let lent = world.domain.mapped();
+        disk.device_mut().transport_mut().lie = Lie::NeedsReset;
+        assert_eq!(disk.restart(), Err(ringfence_driver::blk::BlkError::NeedsReset { status: 0x4f }));
+        assert_eq!(world.domain.mapped(), lent);
+        drop(disk);
+        assert_eq!(world.domain.mapped(), 0, "all of it was reset");
+    });
+    assert!(!transport.says("reset of queue"));
 }
 
 #[test]
