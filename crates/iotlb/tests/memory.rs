@@ -72,7 +72,7 @@ fn taken(capacity: usize, stream: Stream) -> (usize, usize) {
 #[test]
 fn no_stream_of_updates_grows_the_process_without_end() {
     // The first fills its slots just so, the second hardly.
-    for capacity in [1 << 12, 2_750] {
+    for capacity in [1 << 12, 5_500] {
         let (half, page) = (capacity as u64 / 2, |i: u64| scattered(i) & !0xfff);
         let long = (1 << 61) / capacity as u64;
         let streams: [(&str, Stream); 8] = [
