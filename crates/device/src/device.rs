@@ -107,7 +107,8 @@ pub trait Handler: Send {
         false
     }
 
-    /// Starts a request whose every byte can be reached, see [`Handler::starts_unseen`]. Must not wait for anything.
+    /// Starts a request whose every byte can be reached, or every byte to be read: see [`Handler::starts_unseen`]. Must not
+    /// wait for anything.
     fn start(&mut self, token: Token, request: &Request<'_>) -> Outcome;
 
     /// A request of which some byte can't be reached; returns how many bytes of its writable part were written.

@@ -1,7 +1,7 @@
 //! The engine that serves one queue of any device: it takes chains off the ring, has them translated, hands them to
 //! the device's [`Handler`], and puts what is used back.
 //!
-//! A chain that lacks a translation waits aside and holds nothing, so that it stops neither its neighbours nor whoever
+//! A chain that lacks a translation waits aside, unless its handler takes it unseen, and holds nothing, so that it stops neither its neighbours nor whoever
 //! takes translations away; everything it lacks has been asked for at once. A chain that touches what it must not is
 //! failed alone. A chain that breaks the rules of rings stops the queue.
 //!
@@ -161,7 +161,7 @@ impl<M: Memory> Queue<M> {
             }
         }
         requests.publish(&visit, &mut ring)?;
-        turn.notify = requests.needs_notification(&mut ring)?;
+        turn.notify = requests.needs_notification(&visit, &mut ring)?;
         Ok(turn)
     }
 
@@ -274,7 +274,9 @@ impl<M: Memory> Queue<M> {
         let visit = self.memory.visit();
         let mut ring = self.ring.open(&visit);
         self.requests.publish(&visit, &mut ring)?;
-        self.requests.needs_notification(&mut ring)
+        let notify = self.requests.needs_notification(&visit, &mut ring)?;
+        // Who stops does not come back to it: once too often does no harm.
+        Ok(notify || self.requests.untold)
     }
 
     /// Tells whoever is told of faults that `broken` is one.
@@ -670,9 +672,14 @@ impl Requests {
 
     /// Whether the driver wants to be told of what was published since this was last asked.
     #[inline]
-    fn needs_notification<V: Visit>(&mut self, ring: &mut OpenQueue<'_, '_, V>) -> Result<bool, Broken> {
+    fn needs_notification<V: Visit>(&mut self, visit: &V, ring: &mut OpenQueue<'_, '_, V>) -> Result<bool, Broken> {
         if !std::mem::take(&mut self.untold) {
             return Ok(false);
+        }
+        // The ring itself may have another way to the driver than the call, which must not be there before it.
+        if let Err(stop) = visit.settle().map_err(RingStop::from) {
+            self.untold = true;
+            return wait_or_break(stop, &mut self.ring_waits).map(|()| false);
         }
         match ring.needs_notification() {
             Ok(notify) => Ok(notify),
@@ -767,6 +774,8 @@ impl Slot {
                 if is_seen || !server.handler.starts_unseen() {
                     return self.wait(miss);
                 }
+                // If there is no room for it yet, it comes again, and has asked.
+                self.asked.get_or_insert(miss.ticket);
                 self.writable.clear();
                 writable_from = self.chain.writable_len();
             }

@@ -2,8 +2,8 @@ use ringfence_dma::{DetachedSlice, HostSlice};
 use ringfence_ring::Descriptor;
 use std::marker::PhantomData;
 
-/// A request whose bytes can be reached for as long as `'l`: all of them when it starts, and when it goes on those from
-/// where its handler said on.
+/// A request whose bytes can be reached for as long as `'l`: all of them when it starts, or those to be read where the
+/// handler starts unseen, and when it goes on those from where its handler said on.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'l> {
     /// What the driver wrote for the device to read.

@@ -221,8 +221,13 @@ impl FromStr for Select {
             let terms = text.split([' ', ',', '\t', '\n']).filter(|term| !term.is_empty());
             terms.map(str::parse).collect::<Result<Vec<_>, _>>()
         };
-        // What ends in a semicolon has no empty selection, which would be everything, after it.
-        text.trim().trim_end_matches(';').split(';').map(selection).collect::<Result<_, _>>().map(Select)
+        // Between two semicolons there is no selection, rather than one of everything.
+        let selections = text
+            .split(';')
+            .map(selection)
+            .filter(|terms| terms.as_ref().is_ok_and(|terms| !terms.is_empty()) || terms.is_err());
+        let selections = selections.collect::<Result<Vec<_>, _>>()?;
+        Ok(if selections.is_empty() { Select::default() } else { Select(selections) })
     }
 }
 
@@ -263,7 +268,8 @@ mod tests {
             ("source=embedded", 192),
             ("source=real", 0),
             ("platform=xen driver=old; platform=xen driver=new", 12),
-            ("platform=xen; platform=xen;", 24),
+            (" ;; platform=xen; ; platform=xen; ", 24),
+            (";", 192),
         ] {
             let select: Select = text.parse().unwrap();
             assert_eq!(Case::all().iter().filter(|case| select.matches(case)).count(), count, "{text}");

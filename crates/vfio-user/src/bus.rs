@@ -39,7 +39,7 @@ struct Far {
     /// First and last address of each part of the ring.
     rings: [(u64, u64); 3],
     /// Where something was written last whose arrival nobody waited for.
-    on_its_way: Cell<Option<u64>>,
+    on_its_way: Cell<bool>,
 }
 
 impl Bus {
@@ -185,20 +185,23 @@ impl Copies<'_> {
 
     #[inline]
     fn is_settled(&self) -> bool {
-        self.all.borrow().is_empty() && self.far.on_its_way.get().is_none()
+        self.all.borrow().is_empty() && !self.far.on_its_way.get()
     }
 
     #[cold]
     fn settle(&self) -> Result<(), Stop> {
         self.write_back();
-        let Some(addr) = self.far.on_its_way.get() else { return Ok(()) };
-        // Who answers this has taken in what was sent before. What was taken back since, or can't be read, has no answer: then
-        // it is left at that.
-        let may_ask = self.far.remote.find(addr).is_some_and(|(_, permission)| permission.allows(Access::Read));
-        if may_ask && self.far.link.read(addr, &mut [0]) == Err(Unanswered::Later) {
+        if !self.far.on_its_way.get() {
+            return Ok(());
+        }
+        // Who answers this has taken in whatever was sent before. Where nothing can be read there is no answer: then it is left
+        // at that.
+        if let Some(addr) = self.far.remote.readable()
+            && self.far.link.read(addr, &mut [0]) == Err(Unanswered::Later)
+        {
             return Err(LATER);
         }
-        self.far.on_its_way.set(None);
+        self.far.on_its_way.set(false);
         Ok(())
     }
 
@@ -207,7 +210,7 @@ impl Copies<'_> {
         for copy in self.all.borrow_mut().iter_mut().rev().filter(|copy| copy.access == Access::Write) {
             match copy.write_back(&self.far.link) {
                 Ok(Arrival::Seen) => {}
-                Ok(Arrival::OnItsWay) => self.far.on_its_way.set(Some(copy.addr)),
+                Ok(Arrival::OnItsWay) => self.far.on_its_way.set(true),
                 Err(_) => {
                     tracing::error!(
                         "the client refuses a write of {} bytes at bus address {:#x}, which it has granted: the device \

@@ -11,6 +11,9 @@ use zerocopy::{Immutable, IntoBytes};
 /// How long an answer to a question of ours is waited for.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// How long a client is waited for that has answers to read when its connection ends.
+const PARTING: Duration = Duration::from_secs(1);
+
 /// Sends whole messages, and matches answers with questions.
 #[derive(Debug)]
 pub(crate) struct Link {
@@ -90,6 +93,11 @@ impl Link {
         self.main().flush()
     }
 
+    /// Sends all of them, to a client that is about to lose its connection: what it is not reading by then it does without.
+    pub(crate) fn drain(&self) {
+        let _ = self.main().drain::<()>(PARTING);
+    }
+
     fn main(&self) -> MutexGuard<'_, Sender> {
         self.main.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -154,7 +162,9 @@ impl Link {
             id = id.wrapping_add(1);
         }
         asking.next = id.wrapping_add(1);
-        asking.open.insert(id, None);
+        if !hushed {
+            asking.open.insert(id, None);
+        }
         let (command, body_len) = (command as u16, body.len() as u32);
         let answer = if hushed { Answer::Unwanted } else { Answer::Wanted };
         let header = Header { id, command, kind: Kind::Command, answer, error: None, body: body_len };
@@ -172,6 +182,10 @@ impl Link {
         if sent.is_err() {
             asking.open.remove(&id);
             return Err(Unanswered::Refused);
+        }
+        // No answer was asked for, also where there is no hush any more by now.
+        if hushed {
+            return Err(Unanswered::Later);
         }
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -198,5 +212,34 @@ pub(crate) struct Hush<'l>(&'l Link);
 impl Drop for Hush<'_> {
     fn drop(&mut self) {
         self.0.asking().hushed -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ringfence_vhost_user::channel::Head;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    /// More than a socket holds, so that the hush is over before all of it is sent.
+    #[test]
+    fn what_is_sent_in_a_hush_waits_for_no_answer_after_it() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let link = Link::new(ours.into());
+        let data = vec![7; MAX_DATA as usize];
+        let hush = link.hush();
+        let (arrival, message) = std::thread::scope(|scope| {
+            let written = scope.spawn(|| link.write(0x1000, &data));
+            let mut message = vec![0; Header::SIZE + size_of::<RawDma>() + data.len()];
+            theirs.read_exact(&mut message[..1]).unwrap();
+            drop(hush);
+            theirs.read_exact(&mut message[1..]).unwrap();
+            (written.join().unwrap(), message)
+        });
+        assert_eq!(arrival, Ok(Arrival::OnItsWay));
+        let header = Header::parse(&message[..Header::SIZE].try_into().unwrap()).unwrap();
+        assert_eq!(header.answer, Answer::Unwanted);
+        assert!(link.asking().open.is_empty());
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::link::Link;
 use crate::wire::{DmaMap, Unmapped};
-use ringfence_dma::{BusAddr, Permission};
+use ringfence_dma::{Access, BusAddr, Permission};
 use ringfence_hostmem::{Files, MapError, Part};
 use ringfence_iotlb::{self as iotlb, Fence, Iotlb};
 use rustix::io::Errno;
@@ -48,6 +48,12 @@ impl Remote {
     pub(crate) fn find(&self, addr: u64) -> Option<(u64, Permission)> {
         let table = self.0.read().unwrap_or_else(PoisonError::into_inner);
         table.range(..=addr).next_back().map(|(_, &grant)| grant).filter(|&(last, _)| addr <= last)
+    }
+
+    /// An address that can be read.
+    pub(crate) fn readable(&self) -> Option<u64> {
+        let table = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        table.iter().find(|(_, (_, permission))| permission.allows(Access::Read)).map(|(&first, _)| first)
     }
 
     /// Whether there is none.

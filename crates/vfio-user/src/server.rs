@@ -143,7 +143,10 @@ impl Connection {
 
     /// Has the client find the end of the stream, and no error: a socket that is closed with something unread in it counts as
     /// reset at its other end, and QEMU 11.1 dies of an error that it meets when it reads (`vfio_user_recv_hdr` sets it twice).
+    ///
+    /// What was answered is sent before: a client may ask a lot, close its end, and then read.
     fn part(&self) {
+        self.session.link().drain();
         let client = self.client.as_fd();
         // Nothing more can arrive from here on, so this comes to an end.
         if shutdown(client, Shutdown::Read).is_ok() {

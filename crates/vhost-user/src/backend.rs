@@ -57,8 +57,13 @@ impl Backend {
                 break;
             }
         }
-        // A front-end that went away is noticed where its answers are read.
-        let _ = sender.flush();
+        match sender.flush() {
+            // A front-end that went away is noticed where its answers are read.
+            Ok(()) | Err(SendError::Closed) => {}
+            Err(error) => {
+                tracing::error!("what a device asks can't be sent: {error}; it is tried again with what follows")
+            }
+        }
     }
 }
 

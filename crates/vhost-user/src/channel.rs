@@ -28,8 +28,8 @@ use std::time::{Duration, Instant};
 /// For how long a peer may leave a message of ours unread before it counts as gone.
 const SEND_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How many bytes wait for a peer that does not read its back-end channel: more than the questions that a translation
-/// cache has under way at the most.
+/// How many bytes wait for a peer that does not read: more than the questions that a translation cache has under way at the
+/// most, and the answers to thousands of messages.
 const MAX_BACKLOG: usize = 4 << 20;
 
 /// What every message of a protocol begins with.
@@ -394,7 +394,7 @@ impl Sender {
         if !frame.fds.is_empty() {
             return self.send(frame);
         }
-        self.drain_to(MAX_BACKLOG.saturating_sub(frame.bytes.len()))?;
+        self.drain_to(MAX_BACKLOG.saturating_sub(frame.bytes.len()), SEND_PATIENCE)?;
         self.backlog.extend_from_slice(&frame.bytes);
         self.flush().map_err(ChannelError::from)
     }
@@ -404,13 +404,21 @@ impl Sender {
     /// # Errors
     /// As [`Channel::send`].
     pub fn send<E>(&mut self, frame: &Frame<'_>) -> Result<(), ChannelError<E>> {
-        self.drain_to(0)?;
+        self.drain_to(0, SEND_PATIENCE)?;
         send_frame(self.socket.as_fd(), frame)
     }
 
+    /// Sends all that is kept. Waits for a peer that does not read, though no longer than `patience`.
+    ///
+    /// # Errors
+    /// As [`Channel::send`].
+    pub fn drain<E>(&mut self, patience: Duration) -> Result<(), ChannelError<E>> {
+        self.drain_to(0, patience)
+    }
+
     /// Waits until no more than so many bytes are kept.
-    fn drain_to<E>(&mut self, left: usize) -> Result<(), ChannelError<E>> {
-        let deadline = Instant::now() + SEND_PATIENCE;
+    fn drain_to<E>(&mut self, left: usize, patience: Duration) -> Result<(), ChannelError<E>> {
+        let deadline = Instant::now() + patience;
         while self.backlog.len() > left {
             wait(self.socket.as_fd(), PollFlags::OUT, deadline, "read")?;
             self.flush().map_err(ChannelError::from)?;

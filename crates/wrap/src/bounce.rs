@@ -615,8 +615,8 @@ impl Handler for Bounce {
     fn listen(&mut self) -> bool {
         self.listening = true;
         match &mut self.at {
-            // One that breaks its ring is noticed where it is collected.
-            Some(at) if !self.broken => at.ring.enable_callbacks().unwrap_or(true),
+            // One that breaks its ring is noticed where it is collected; once all has stopped nothing is.
+            Some(at) if !self.broken && !self.shared.is_stopped() => at.ring.enable_callbacks().unwrap_or(true),
             _ => false,
         }
     }

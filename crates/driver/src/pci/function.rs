@@ -151,7 +151,8 @@ fn probe(function: &mut (impl Function + ?Sized), wanted: u8) -> Option<BarKind>
             return None;
         }
         let address = u64::from(low & !0xf) | u64::from(high) << 32;
-        address.checked_add(len - 1)?;
+        // Nor does one end where the addresses do: who adds up the end of what lies in it comes to 0.
+        address.checked_add(len)?;
         return Some(BarKind::Memory(Bar { index, address, len }));
     }
     None

@@ -360,7 +360,7 @@ impl<'p> Function for Card<'p> {
 
     fn map(&mut self, bar: Bar, offset: u64, len: usize) -> Option<Window<'p>> {
         let end = offset.checked_add(len as u64).expect("no overflow");
-        assert!(end <= bar.len && bar.address.checked_add(bar.len - 1).is_some(), "{len} bytes at {offset} of {bar:?}");
+        assert!(end <= bar.len && bar.address.checked_add(bar.len).is_some(), "{len} bytes at {offset} of {bar:?}");
         // Whatever the function says: this kernel has registers here and nowhere else.
         let ours = bar.index == 4 && end <= BAR_LEN.into();
         ours.then(|| Window { chaos: self.0.clone(), start: offset as usize, len, mmio: false })

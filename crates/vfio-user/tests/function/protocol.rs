@@ -237,3 +237,20 @@ fn a_client_that_takes_no_descriptors_gets_none() {
         assert_eq!(bells.len(), 16 + 40 * usize::from(twin));
     }
 }
+
+#[test]
+fn who_has_said_all_still_reads_every_answer() {
+    let served = Served::disk(IommuMode::Offer);
+    let mut stream = negotiated(&served);
+    let question = words(&[32, 0, 0, 0, 0, 0, 0, 0]);
+    // More answers than the socket holds, so that some are kept.
+    const MANY: u16 = 3000;
+    for id in 0..MANY {
+        stream.write_all(&message(id, 5, 0, &question)).unwrap();
+    }
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    for id in 0..MANY {
+        assert_eq!(answer(&mut stream).0, id);
+    }
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+}

@@ -42,19 +42,14 @@ pub(crate) fn options(backend: &Path) -> Options {
 
 /// `ringfence wrap`, without its command line.
 pub(crate) fn wrap(options: Options) -> Served {
-    wrap_looking(options, Duration::from_micros(20))
+    wrap_looking(options, Duration::from_micros(20), Duration::from_secs(2))
 }
 
-/// The same, whose queues look for more to do for so long before they sleep.
-pub(crate) fn wrap_looking(options: Options, poll: Duration) -> Served {
+/// The same, whose queues look for more to do for so long before they sleep, and wait for so long for a back-end.
+pub(crate) fn wrap_looking(options: Options, poll: Duration, io_timeout: Duration) -> Served {
     let first = Wrapped::open(options.clone()).unwrap();
-    let how = server::Options {
-        iommu: IommuMode::Offer,
-        keep: Keep::Auto,
-        queue_size: options.queue_size,
-        poll,
-        io_timeout: Duration::from_secs(2),
-    };
+    let how =
+        server::Options { iommu: IommuMode::Offer, keep: Keep::Auto, queue_size: options.queue_size, poll, io_timeout };
     Served::run(move |server, end| {
         let mut first = Some(first);
         let open = || -> io::Result<Arc<dyn Device>> {

@@ -217,7 +217,7 @@ struct How {
 fn exchange(how: How, packets: u64) {
     let back_end = echo();
     let wrapped = Options { kind: Kind::Net, pool: MIN_POOL, format: how.format, ..options(&back_end.socket) };
-    let wrapped = wrap_looking(wrapped, how.poll);
+    let wrapped = wrap_looking(wrapped, how.poll, Duration::from_secs(60));
     let frontend = Frontend::connect(&wrapped);
     let strict = Strict::new(Arc::clone(&frontend.domain), frontend.buffer(RINGS));
     let attachment = Attachment {
