@@ -168,8 +168,9 @@ impl View {
     fn find(&self, addr: u64, access: Access) -> Option<Remembered> {
         let stamp = self.generation.get() << 2 | right(access);
         // One comparison for both ends: of two the first would go either way, and the processor could not foresee it.
-        let fits =
-            |it: Remembered| it.stamp & (!3 | stamp) == stamp && addr.wrapping_sub(it.first) <= it.last.wrapping_sub(it.first);
+        let fits = |it: Remembered| {
+            it.stamp & (!3 | stamp) == stamp && addr.wrapping_sub(it.first) <= it.last.wrapping_sub(it.first)
+        };
         let latest = self.latest.get();
         if fits(latest) {
             return Some(latest);
