@@ -18,6 +18,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 const PAGE: BusAddr = BusAddr(0x5000);
 const LAST: BusAddr = BusAddr(0x5fff);
 const OTHER: BusAddr = BusAddr(0x9_0000);
+/// Of the first's cluster, so that the three share a leaf.
+const NEXT: BusAddr = BusAddr(0x6000);
+const THIRD: BusAddr = BusAddr(0x7000);
 
 /// Pieces of memory, told apart by their address, and what loom knows of each.
 struct World {
@@ -65,8 +68,12 @@ impl Wake for Nobody {
 }
 
 fn map(iotlb: &Iotlb, page: BusAddr, which: usize) {
+    map_at(iotlb, page, World::target(which));
+}
+
+fn map_at(iotlb: &Iotlb, page: BusAddr, target: NonNull<u8>) {
     // SAFETY: the address is only told from others, see `World::touch`.
-    let fence = unsafe { iotlb.update(page, page.last(4096).unwrap(), World::target(which), Permission::ReadWrite) };
+    let fence = unsafe { iotlb.update(page, page.last(4096).unwrap(), target, Permission::ReadWrite) };
     fence.unwrap().wait();
 }
 
@@ -240,6 +247,28 @@ fn a_view_that_registers_meanwhile_sees_the_removal_or_is_seen() {
                 touch(&world, &mut view, PAGE);
             }
         });
+        iotlb.invalidate(PAGE, LAST).wait();
+        world.give_away(0);
+        queue.join().unwrap();
+    });
+}
+
+#[test]
+fn a_leaf_that_another_takes_the_place_of_hides_no_mapping_and_no_removal() {
+    check(AtMost(4), || {
+        let (world, iotlb) = (World::new(), cache());
+        map(&iotlb, PAGE, 0);
+        map(&iotlb, NEXT, 1);
+        let mut view = iotlb.view(Arc::new(Nobody));
+        let queue = thread::spawn({
+            let world = LoomArc::clone(&world);
+            move || {
+                touch(&world, &mut view, PAGE);
+                assert!(touch(&world, &mut view, NEXT), "what was never taken away");
+            }
+        });
+        // It lies across pages in memory, and has no place in a leaf of half words.
+        map_at(&iotlb, THIRD, World::target(1).map_addr(|addr| addr | 1));
         iotlb.invalidate(PAGE, LAST).wait();
         world.give_away(0);
         queue.join().unwrap();

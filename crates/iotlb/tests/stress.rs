@@ -114,13 +114,13 @@ fn elsewhere<'s>(scope: &'s thread::Scope<'s, '_>) -> std::sync::mpsc::SyncSende
 #[test]
 fn what_is_not_removed_is_always_found() {
     let iotlb = Iotlb::new(Unmapped::Fault, Options::default());
-    let map = |first: u64, last: u64| {
-        let target = NonNull::new(std::ptr::without_provenance_mut(0x1000_0000 + first as usize)).unwrap();
+    let map = |first: u64, last: u64, host: u64| {
+        let target = NonNull::new(std::ptr::without_provenance_mut(host as usize)).unwrap();
         // SAFETY: no memory at all, and what is resolved is only looked at.
         unsafe { iotlb.update(BusAddr(first), BusAddr(last), target, Permission::ReadWrite) }.unwrap().wait();
     };
-    map(0x1000, 0x1fff);
-    map(0x1_0000_0000, 0x2_0000_0fff);
+    map(0x1000, 0x1fff, 0x1000_1000);
+    map(0x1_0000_0000, 0x2_0000_0fff, 0x1_1000_0000);
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let mut view = iotlb.view(Arc::new(Nobody));
@@ -143,7 +143,9 @@ fn what_is_not_removed_is_always_found() {
             round += 1;
             // In the first's cluster and in new ones, so that leaves come and go and the table is rebuilt.
             for page in (2..40).chain(100_000 + round * 64 % 6_400..).step_by(3).take(200) {
-                map(page * PAGE, page * PAGE + PAGE - 1);
+                // Every other time one lies across pages in memory, for which the leaf has to become a wide one.
+                let askew = if page == 20 { round % 2 } else { 0 };
+                map(page * PAGE, page * PAGE + PAGE - 1, 0x1000_0000 + page * PAGE + askew);
             }
             iotlb.invalidate(BusAddr(0x2000), BusAddr(0xffff_ffff)).wait();
         }
