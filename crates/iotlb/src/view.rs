@@ -175,12 +175,18 @@ impl View {
         if fits(latest) {
             return Some(latest);
         }
-        let cell = &self.remembered[(addr / PAGE) as usize % REMEMBERED];
-        let remembered = cell.get();
+        let remembered = self.remembered[(addr / PAGE) as usize % REMEMBERED].get();
         if fits(remembered) {
             return Some(remembered);
         }
-        // SAFETY: in a visit, which only `Visit` calls this from.
+        self.look_up(addr).filter(|&found| fits(found))
+    }
+
+    /// What the shared table has at `addr`, and remembers it. Apart from [`View::find`], which is everywhere in what a request
+    /// costs, and finds most things without.
+    #[inline(never)]
+    fn look_up(&self, addr: u64) -> Option<Remembered> {
+        // SAFETY: in a visit, as `find`, which alone calls this.
         let Translation { first, last, host, permission } = unsafe { self.iotlb.table().lookup(addr) }?;
         let rights = match permission {
             Permission::ReadOnly => READ,
@@ -188,11 +194,11 @@ impl View {
             Permission::ReadWrite => READ | WRITE,
         };
         let found = Remembered { first, last, host, stamp: self.generation.get() << 2 | rights };
-        cell.set(found);
+        self.remembered[(addr / PAGE) as usize % REMEMBERED].set(found);
         if last - first >= PAGE {
             self.latest.set(found);
         }
-        fits(found).then_some(found)
+        Some(found)
     }
 
     /// Asks for what is not there; `part` of something for which [`View::wait_for`] says what is waited for.
