@@ -10,13 +10,14 @@ use ringfence_matrix::real::Cell;
 use crate::Workspace;
 use crate::steps::{Log, Pass, StepResult, say};
 
-/// What every run boots, for want of time: our own server's disk on each platform, with each driver that is met there; on
-/// three of them in each of its modes, and where an IOMMU is missing or passed by, once an architecture;
-/// qemu-storage-daemon behind `ringfence wrap`; and cards with the flag and without. The rest, QEMU's own devices, and the
-/// guest whose memory is damaged (what it dies of is never the same twice) are for `cargo xtask guests --only ''`.
-const BY_DEFAULT: &str = "device=serve-blk-offer; \
+/// What every run boots, for want of time: our own server's disk on each platform, and with the interface from before the
+/// standard on two; in each of its modes on three, and past another architecture's IOMMU; qemu-storage-daemon behind
+/// `ringfence wrap`; and cards with the flag and without. The rest, QEMU's own devices, and the guest whose memory is
+/// damaged (what it dies of is never the same twice) are for `cargo xtask guests --only ''`.
+const BY_DEFAULT: &str = "device=serve-blk-offer driver!=linux-legacy; \
+                          device=serve-blk-offer driver=linux-legacy platform=x86-none|arm64-smmuv3-lazy; \
                           device=serve-blk-off|serve-blk-require platform=x86-none|x86-intel-strict|x86-virtio-iommu; \
-                          device=serve-blk-off driver=linux platform=arm64-smmuv3-lazy|ppc64le-pseries|xen-dom0; \
+                          device=serve-blk-off driver=linux platform=arm64-smmuv3-lazy; \
                           device=wrapped-storage-daemon-require platform=x86-intel-lazy|x86-virtio-iommu|arm64-smmuv3-lazy; \
                           device=vfio-user-of*; \
                           device=serve-blk-offer-request";

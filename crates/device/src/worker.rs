@@ -446,3 +446,55 @@ fn nap<M: Memory>(queue: &mut Queue<M>, control: &Control, bells: &Bells) -> Res
     }
     queue.ignore()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn count(event: &OwnedFd) -> u64 {
+        let mut count = [0; 8];
+        rustix::io::read(event, &mut count).map_or(0, |_| u64::from_ne_bytes(count))
+    }
+
+    /// As of a guest that masks an interrupt and unmasks it, time and again, while its queue works.
+    #[test]
+    fn a_driver_is_told_by_its_latest_call_and_by_none_before() {
+        let calls = [(); 2].map(|()| eventfd(0, EventfdFlags::NONBLOCK).unwrap());
+        let control = Control::new(None).unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    control.tell();
+                }
+            });
+            for round in 0..2000 {
+                let (now, before) = (&calls[round % 2], &calls[(round + 1) % 2]);
+                control.set_call(None);
+                control.set_call(Some(now.try_clone().unwrap()));
+                count(before);
+                let mut poll_now = [PollFd::new(now, PollFlags::IN)];
+                let told = poll(&mut poll_now, Some(&Timespec { tv_sec: 60, tv_nsec: 0 }));
+                let late = count(before);
+                if told != Ok(1) || late != 0 {
+                    done.store(true, Ordering::Relaxed);
+                    panic!("round {round}: told {told:?} by the latest, {late} times by the one before");
+                }
+                count(now);
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+    }
+
+    #[test]
+    fn what_could_not_be_told_is_told_by_the_next_call() {
+        let call = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let control = Control::new(None).unwrap();
+        control.set_call(Some(call.try_clone().unwrap()));
+        assert_eq!(count(&call), 0, "there was nothing to tell");
+        control.set_call(None);
+        control.tell();
+        control.set_call(Some(call.try_clone().unwrap()));
+        assert_eq!(count(&call), 1);
+    }
+}
