@@ -1,9 +1,9 @@
 //! The engine that serves one queue of any device: it takes chains off the ring, has them translated, hands them to
 //! the device's [`Handler`], and puts what is used back.
 //!
-//! A chain that lacks a translation waits aside, unless its handler takes it unseen, and holds nothing, so that it stops neither its neighbours nor whoever
-//! takes translations away; everything it lacks has been asked for at once. A chain that touches what it must not is
-//! failed alone. A chain that breaks the rules of rings stops the queue.
+//! A chain that lacks a translation waits aside, unless its handler takes it unseen, and holds nothing, so that it stops
+//! neither its neighbours nor whoever takes translations away; everything it lacks has been asked for at once. A chain that
+//! touches what it must not is failed alone. A chain that breaks the rules of rings stops the queue.
 //!
 //! Nor does a chain hold anything that the device has under way: the device has its memory for as long as a visit, and
 //! what it touches when it is done is translated again then, down to the status byte. So an invalidation waits for a

@@ -7,7 +7,7 @@
 //!
 //! What a cluster holds is one word: a single granule's translation, a mapping of several granules (a [`Span`]), or a leaf
 //! of 64 such words, or of 64 half words, once two mappings meet in one cluster: see `word.rs`. Dense pages so take a little
-//! over 4 bytes each and scattered ones under 100, and a word changes in one store: a reader sees the old mapping or the
+//! over 4 bytes each, 6 with their slots, and scattered ones under 100, and a word changes in one store: a reader sees the old mapping or the
 //! new one, never half.
 //!
 //! What is unlinked is not freed but retired: see `Grace` in `iotlb.rs`.

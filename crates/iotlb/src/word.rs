@@ -142,9 +142,13 @@ impl Leaf<'_> {
 
     /// Which words are not 0; for the writer.
     pub(crate) fn used(self) -> u64 {
+        self.marks().load(Relaxed)
+    }
+
+    fn marks(&self) -> &AtomicU64 {
         match self {
-            Leaf::Wide(leaf) => leaf.used.load(Relaxed),
-            Leaf::Narrow(leaf) => leaf.used.load(Relaxed),
+            Leaf::Wide(leaf) => &leaf.used,
+            Leaf::Narrow(leaf) => &leaf.used,
         }
     }
 
@@ -170,10 +174,7 @@ impl Leaf<'_> {
                 Leaf::Narrow(leaf) => leaf.halves[at].store(0, Release),
             }
         }
-        match self {
-            Leaf::Wide(leaf) => leaf.used.store(used, Relaxed),
-            Leaf::Narrow(leaf) => leaf.used.store(used, Relaxed),
-        }
+        self.marks().store(used, Relaxed);
     }
 }
 

@@ -222,10 +222,8 @@ impl FromStr for Select {
             terms.map(str::parse).collect::<Result<Vec<_>, _>>()
         };
         // Between two semicolons there is no selection, rather than one of everything.
-        let selections = text
-            .split(';')
-            .map(selection)
-            .filter(|terms| terms.as_ref().is_ok_and(|terms| !terms.is_empty()) || terms.is_err());
+        let selections = text.split(';').map(selection);
+        let selections = selections.filter(|terms| !matches!(terms, Ok(terms) if terms.is_empty()));
         let selections = selections.collect::<Result<Vec<_>, _>>()?;
         Ok(if selections.is_empty() { Select::default() } else { Select(selections) })
     }

@@ -40,6 +40,18 @@ pub(crate) fn options(backend: &Path) -> Options {
     }
 }
 
+/// `device` as somebody's back-end without an IOMMU.
+pub(crate) fn serve_plainly(device: Arc<dyn Device>) -> Served {
+    let how = server::Options {
+        iommu: IommuMode::Off,
+        keep: Keep::Auto,
+        queue_size: 256,
+        poll: Duration::ZERO,
+        io_timeout: Duration::from_secs(10),
+    };
+    Served::run(move |server, end| server.run(device, how, end).unwrap())
+}
+
 /// `ringfence wrap`, without its command line.
 pub(crate) fn wrap(options: Options) -> Served {
     wrap_looking(options, Duration::from_micros(20), Duration::from_secs(2))

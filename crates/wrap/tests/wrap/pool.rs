@@ -2,7 +2,7 @@
 
 use crate::served::{self, BUFFERS, Driver, Frontend, PAGE, RINGS, Served};
 use crate::world::{Page, REST, SIZE, World};
-use crate::{driven, options, wrap};
+use crate::{driven, options, serve_plainly, wrap};
 use ringfence_device::queue::{Look, Queue, Report, Stopped};
 use ringfence_device::{Back, Device, Handler, Outcome, Token, Unreachable, eventfd};
 use ringfence_dma::{Access, BusAddr, Fault};
@@ -10,7 +10,6 @@ use ringfence_driver::blk::{Answer, Request};
 use ringfence_driver::mapper::Direct;
 use ringfence_policy::IommuMode;
 use ringfence_ring::{Descriptor, DriverQueue, Position, RingCells, Rules};
-use ringfence_vhost_user::server::{self, Keep};
 use ringfence_wrap::{Kind, Options, Wrapped};
 use rustix::event::{EventfdFlags, eventfd as new_eventfd};
 use std::io;
@@ -181,17 +180,7 @@ impl<'w> Side<'w> {
 fn whoever_wants_no_room_any_more_leaves_the_line() {
     let told = new_eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
     let device = Arc::new(Holding { lets_go: AtomicBool::new(false), told });
-    let how = server::Options {
-        iommu: IommuMode::Off,
-        keep: Keep::Auto,
-        queue_size: 256,
-        poll: Duration::ZERO,
-        io_timeout: Duration::from_secs(10),
-    };
-    let back_end = Served::run({
-        let device = Arc::clone(&device);
-        move |server, end| server.run(device, how, end).unwrap()
-    });
+    let back_end = serve_plainly(Arc::clone(&device) as _);
     let one_page = Options { kind: Kind::Generic, pool: PAGE, ..options(&back_end.socket) };
     let wrapped = Arc::new(Wrapped::open(one_page).unwrap());
     let worlds = [World::new(), World::new()];

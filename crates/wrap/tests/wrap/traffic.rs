@@ -4,17 +4,15 @@
 //! `RINGFENCE_TRAFFIC_SECONDS=600` has it go on for so long.
 
 use crate::served::{BUFFERS, Frontend, RINGS, Served};
-use crate::{options, wrap_looking};
+use crate::{options, serve_plainly, wrap_looking};
 use ringfence_device::{Back, Device, Handler, Outcome, Request, Token, Unreachable, eventfd};
 use ringfence_dma::{Buffer, FrontendVa, Gpa};
 use ringfence_driver::net::{Net, Options as CardOptions};
 use ringfence_driver::policy::{DriverPolicy, Platform};
 use ringfence_driver::{Host, LoanError};
 use ringfence_iommu::Strict;
-use ringfence_policy::IommuMode;
 use ringfence_ring::Format;
 use ringfence_vhost_user::client::{Attachment, FrontendTransport, TransportError};
-use ringfence_vhost_user::server::{self, Keep};
 use ringfence_vhost_user::session::bits;
 use ringfence_vhost_user::wire::Invalidated;
 use ringfence_wrap::{Kind, MIN_POOL, Options};
@@ -181,15 +179,7 @@ impl Handler for Sending {
 
 fn echo() -> Served {
     let arrived = new_eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
-    let card = Arc::new(Echo { packets: Mutex::default(), arrived });
-    let how = server::Options {
-        iommu: IommuMode::Off,
-        keep: Keep::Auto,
-        queue_size: 256,
-        poll: Duration::ZERO,
-        io_timeout: Duration::from_secs(10),
-    };
-    Served::run(move |server, end| server.run(card, how, end).unwrap())
+    serve_plainly(Arc::new(Echo { packets: Mutex::default(), arrived }))
 }
 
 /// The bytes of a packet behind its number.
