@@ -14,7 +14,7 @@
 
 use crate::index::Index;
 use crate::sync::{AtomicPtr, AtomicU32, AtomicU64};
-use crate::word::{ADDRESS, LEAF, Leaf, Meaning, NARROW, NarrowLeaf, Origin, SPAN, Span, WideLeaf, Word};
+use crate::word::{ADDRESS, LEAF, Leaf, Meaning, NARROW, NarrowLeaf, Origin, PAGES, SPAN, Span, WideLeaf, Word};
 use ringfence_dma::Permission;
 use rustix::mm::{Advice, madvise};
 use std::collections::BTreeSet;
@@ -274,29 +274,42 @@ impl Slots {
     /// The slot of `key`, else the empty one where it would go. Ends because at most half of the slots have keys.
     #[inline]
     fn find(&self, key: u64) -> Result<Slot<'_>, Slot<'_>> {
-        let mask = self.lines.len() - 1;
-        let mut at = (key.wrapping_mul(self.multiplier) >> self.shift) as usize;
+        let mut at = self.place(key);
         loop {
-            let line = &self.lines[at & mask];
-            // Acquire: the value was stored before the key.
-            let keys: [u64; WAYS] = std::array::from_fn(|way| line.keys[way].load(Acquire));
-            // Bits, and not branches, one of which would be wrong every other time.
-            let which = |wanted| (0..WAYS).fold(0u32, |bits, way| bits | u32::from(keys[way] == wanted) << way);
-            let found = which(key);
-            if found != 0 {
-                return Ok(line.slot(found.trailing_zeros() as usize));
+            let line = self.line(at);
+            if let Some(slot) = line.find(key) {
+                return Ok(slot);
             }
             // A line is filled from its front, and goes on in the next when it is full.
-            let empty = which(EMPTY);
-            if empty != 0 {
-                return Err(line.slot(empty.trailing_zeros() as usize));
+            if let Some(slot) = line.find(EMPTY) {
+                return Err(slot);
             }
             at += 1;
         }
     }
+
+    /// In which line a key belongs, if there is room.
+    #[inline]
+    fn place(&self, key: u64) -> usize {
+        // Less than 64: there are two lines at least.
+        key.wrapping_mul(self.multiplier).wrapping_shr(self.shift) as usize
+    }
+
+    #[inline]
+    fn line(&self, at: usize) -> &Line {
+        &self.lines[at & (self.lines.len() - 1)]
+    }
 }
 
 impl Line {
+    #[inline]
+    fn find(&self, key: u64) -> Option<Slot<'_>> {
+        // Bits, and not branches, one of which would be wrong every other time.
+        // Acquire: the value was stored before the key.
+        let found = (0..WAYS).fold(0u32, |bits, way| bits | u32::from(self.keys[way].load(Acquire) == key) << way);
+        (found != 0).then(|| self.slot(found.trailing_zeros() as usize))
+    }
+
     #[inline]
     fn slot(&self, way: usize) -> Slot<'_> {
         Slot { key: &self.keys[way], value: &self.values[way] }
@@ -333,6 +346,27 @@ impl Table {
             }
         }
         None
+    }
+
+    /// The mapping of `addr` if it is a page in a narrow leaf, as nearly all are where there are many, and its cluster's slot in
+    /// the first place where it may be. Else [`Table::lookup`] knows.
+    ///
+    /// What a processor works at ahead of memory is so many instructions: the fewer a lookup has, the more of them wait for
+    /// memory at the same time.
+    ///
+    /// # Safety
+    /// As for [`Table::lookup`].
+    #[inline]
+    pub(crate) unsafe fn page(&self, addr: u64) -> Option<Translation> {
+        // SAFETY: as in `lookup`.
+        let slots = unsafe { &*self.slots.load(Acquire) };
+        let key = key(PAGES, cluster(PAGES, addr));
+        // Acquire, as there.
+        let word = Word(slots.line(slots.place(key)).find(key)?.value.load(Acquire));
+        // SAFETY: from the table, by this function's own contract.
+        let (host, permission) = unsafe { word.narrow() }?.page(index(PAGES, addr), &self.origin)?;
+        let within = granule_mask(PAGES);
+        Some(Translation { first: addr & !within, last: addr | within, host, permission })
     }
 
     /// # Safety

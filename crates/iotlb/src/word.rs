@@ -70,13 +70,12 @@ impl Word {
     }
 
     /// What a granule's word allows, or the two bits of a row's.
+    #[inline]
     fn permission(rights: u64) -> Option<Permission> {
-        match rights {
-            1 => Some(Permission::ReadOnly),
-            2 => Some(Permission::WriteOnly),
-            3 => Some(Permission::ReadWrite),
-            _ => None,
-        }
+        // And no branches: what is allowed comes from memory, and may be anything.
+        const MEANING: [Option<Permission>; 4] =
+            [None, Some(Permission::ReadOnly), Some(Permission::WriteOnly), Some(Permission::ReadWrite)];
+        MEANING[rights as usize & 3]
     }
 
     pub(crate) fn pointer<T>(kind: u64, to: *mut T) -> Word {
@@ -109,7 +108,18 @@ impl Word {
         }
     }
 
+    /// The leaf that this points to, if that is a narrow one.
+    ///
+    /// # Safety
+    /// As for [`Word::meaning`].
+    #[inline]
+    pub(crate) unsafe fn narrow<'t>(self) -> Option<&'t NarrowLeaf> {
+        // SAFETY: made by `Word::pointer` from a box that is freed only after the visits that could see it.
+        (self.0 >> 56 == NARROW).then(|| unsafe { &*self.to() })
+    }
+
     /// What a word of a pointer's kind points to.
+    #[inline]
     pub(crate) fn to<T>(self) -> *mut T {
         std::ptr::with_exposed_provenance_mut((self.address() & !WAS_ROW) as usize)
     }
@@ -153,7 +163,7 @@ pub(crate) struct NarrowLeaf {
 pub(crate) struct Origin(AtomicU64);
 
 /// The level of pages of 4 KiB, and how many bits an address has within one.
-const PAGES: u32 = 2;
+pub(crate) const PAGES: u32 = 2;
 const PAGE_BITS: u32 = 12;
 /// How many pages from the origin a half word can say.
 const WITHIN: u64 = 1 << 30;
@@ -246,6 +256,15 @@ impl WideLeaf {
 }
 
 impl NarrowLeaf {
+    /// Where a page's memory is, and what is allowed there.
+    #[inline]
+    pub(crate) fn page(&self, at: u32, origin: &Origin) -> Option<(u64, Permission)> {
+        let half = u64::from(self.halves[at as usize].load(Acquire));
+        // Within 2^57: see `Origin::half`.
+        let host = origin.address().wrapping_add((half & (WITHIN - 1)) << PAGE_BITS);
+        Some((host, Word::permission(half >> 30)?))
+    }
+
     pub(crate) fn new() -> Box<NarrowLeaf> {
         Box::new(NarrowLeaf { halves: std::array::from_fn(|_| AtomicU32::new(0)), used: AtomicU64::new(0) })
     }
