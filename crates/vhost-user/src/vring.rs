@@ -201,9 +201,9 @@ impl Vring {
     ///
     /// # Errors
     /// [`Stuck`]: it is stuck in the memory itself. May be called again.
-    pub(crate) fn pause(&mut self, hurry: Option<BorrowedFd<'_>>) -> Result<(), Stuck> {
+    pub(crate) fn pause(&mut self, hurry: Option<BorrowedFd<'_>>, visit: Duration) -> Result<(), Stuck> {
         let Some(worker) = &mut self.worker else { return Ok(()) };
-        self.stopped = worker.stop(hurry)?;
+        self.stopped = worker.stop(hurry, visit)?;
         self.worker = None;
         match &self.stopped {
             Some(stopped) => self.base = stopped.position.vring_base(self.format),
