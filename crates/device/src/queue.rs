@@ -195,9 +195,13 @@ impl<M: Memory> Queue<M> {
         self.ring.open(&visit).disable_notifications().or_else(|stop| wait_or_break(stop, waits))
     }
 
-    /// Whether something waits for translations: worth another try even if no news come.
+    /// Whether something waits for translations: worth another try even if no news come. For room alone it is waited until
+    /// the device tells.
     pub fn is_waiting(&self) -> bool {
-        !self.requests.waiting.is_empty() || !self.requests.back.is_empty() || self.requests.ring_waits
+        let requests = &self.requests;
+        !requests.waiting.is_empty() && !requests.waits_for_room_alone()
+            || !requests.back.is_empty()
+            || requests.ring_waits
     }
 
     /// Whether the ring itself lacks a translation: then there may be chains, and none can be taken.
@@ -588,6 +592,12 @@ impl Requests {
         Ok(some)
     }
 
+    /// Whether no chain that waits lacks anything but room, which the device knows that it was asked for.
+    fn waits_for_room_alone(&self) -> bool {
+        let for_room = |&token: &Token| matches!(self.slots[usize::from(token)].lacks, Some(Lack::Room | Lack::Turn));
+        self.full && self.waiting.iter().all(for_room)
+    }
+
     /// Takes a few chains off the ring and has what they describe brought near: first the tables of those that have one,
     /// then where the device will look first and last. Their tokens, and why there are no more.
     #[inline]
@@ -747,7 +757,11 @@ impl Slot {
         if self.stage == Stage::New {
             match self.chain.expand(server.visit, self.asked) {
                 Ok(()) => {}
-                Err(RingStop::Wait(miss)) => return Ok(self.wait(miss)),
+                Err(RingStop::Wait(miss)) => {
+                    // Where its buffers are is not known yet.
+                    self.lacks = None;
+                    return Ok(self.wait(miss));
+                }
                 Err(RingStop::Broken(error)) => return Err(Broken::Ring(error)),
                 // The table that tells where the request's bytes are is itself out of reach: nobody can be told.
                 Err(RingStop::Fault(fault)) => {
