@@ -165,13 +165,17 @@ impl<M: Memory> Queue<M> {
         Ok(turn)
     }
 
-    /// Asks the driver to say when it makes something available, and the device when it completes something. `true`: one
-    /// already has, so there is another turn to take before sleeping.
+    /// Asks the driver to say when it makes something available, if that could be taken, and the device when it completes
+    /// something. `true`: one already has, so there is another turn to take before sleeping.
     ///
     /// # Errors
     /// As [`Queue::turn`].
     pub fn listen(&mut self) -> Result<bool, Broken> {
         let completed = self.listen_to_device();
+        if self.requests.full || self.requests.free.is_empty() {
+            // Whatever is available is not taken before there is room or a place for it, and then it is found.
+            return Ok(completed);
+        }
         let visit = self.memory.visit();
         let waits = &mut self.requests.ring_waits;
         let available = self.ring.open(&visit).enable_notifications();
