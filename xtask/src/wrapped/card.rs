@@ -137,7 +137,7 @@ ip addr add "$ip/$mask" dev eth0
 ip route add default via "$router"
 END
 chmod +x /run/dhcp
-udhcpc -i eth0 -n -q -t 20 -T 1 -s /run/dhcp || finish failed
+udhcpc -i eth0 -n -q -t 100 -T 1 -s /run/dhcp || finish failed
 tell address "$(ip -4 -o addr show dev eth0 | sed 's/.*inet \([0-9.]*\).*/\1/')"
 # Something to read from that has no end.
 mkfifo /run/never /run/pipe
