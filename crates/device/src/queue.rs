@@ -143,8 +143,12 @@ impl<M: Memory> Queue<M> {
             turn.worked |= requests.retry(&mut server, look)?;
         }
         let mut bytes = 0;
+        let unseen = server.handler.starts_unseen();
+        // Whether the driver may have made more available that the device has room for.
+        let mut more = true;
         for _ in 0..TURN_REQUESTS / BATCH {
             if requests.full {
+                more = false;
                 break;
             }
             let (fetched, met) = requests.fetch(&visit, &mut ring);
@@ -153,14 +157,22 @@ impl<M: Memory> Queue<M> {
                 requests.admit(&mut server, token)?;
                 bytes += requests.slots[usize::from(token)].len();
             }
-            if requests.finished.len() >= SHOWN {
+            if requests.finished.len() >= SHOWN && !unseen {
                 requests.publish(&visit, &mut ring)?;
             }
-            if met? == Met::End || bytes >= TURN_BYTES {
+            if met? == Met::End {
+                more = requests.ring_waits;
+                break;
+            }
+            if bytes >= TURN_BYTES {
                 break;
             }
         }
-        requests.publish(&visit, &mut ring)?;
+        // These may have been all that a device had that takes buffers unseen. It gets those behind them first: the driver may
+        // answer at once what it finds here. No honest driver has more of them than there are slots.
+        if !unseen || !more || requests.finished.len() >= requests.slots.len() {
+            requests.publish(&visit, &mut ring)?;
+        }
         turn.notify = requests.needs_notification(&visit, &mut ring)?;
         Ok(turn)
     }
