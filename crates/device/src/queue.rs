@@ -111,7 +111,8 @@ impl<M: Memory> Queue<M> {
         report: Box<dyn Report>,
         stopped: Stopped,
     ) -> Self {
-        let requests = Requests { in_order: handler.is_in_order(), ..Requests::new(depth, stopped) };
+        let (in_order, unseen) = (handler.is_in_order(), handler.starts_unseen());
+        let requests = Requests { in_order, unseen, ..Requests::new(depth, stopped) };
         Self { ring, handler, memory, report, requests }
     }
 
@@ -143,7 +144,6 @@ impl<M: Memory> Queue<M> {
             turn.worked |= requests.retry(&mut server, look)?;
         }
         let mut bytes = 0;
-        let unseen = server.handler.starts_unseen();
         // Whether the driver may have made more available that the device has room for.
         let mut more = true;
         for _ in 0..TURN_REQUESTS / BATCH {
@@ -157,7 +157,7 @@ impl<M: Memory> Queue<M> {
                 requests.admit(&mut server, token)?;
                 bytes += requests.slots[usize::from(token)].len();
             }
-            if requests.finished.len() >= SHOWN && !unseen {
+            if requests.finished.len() >= SHOWN && !requests.unseen {
                 requests.publish(&visit, &mut ring)?;
             }
             if met? == Met::End {
@@ -170,7 +170,7 @@ impl<M: Memory> Queue<M> {
         }
         // These may have been all that a device had that takes buffers unseen. It gets those behind them first: the driver may
         // answer at once what it finds here. No honest driver has more of them than there are slots.
-        if !unseen || !more || requests.finished.len() >= requests.slots.len() {
+        if !requests.unseen || !more || requests.finished.len() >= requests.slots.len() {
             requests.publish(&visit, &mut ring)?;
         }
         turn.notify = requests.needs_notification(&visit, &mut ring)?;
@@ -385,6 +385,8 @@ struct Requests {
     listening: bool,
     /// None overtakes another.
     in_order: bool,
+    /// The device takes buffers before it is known where they are.
+    unseen: bool,
     under_way: usize,
     /// How many chains have been taken off the ring.
     arrived: u64,
@@ -518,6 +520,7 @@ impl Requests {
             full: false,
             listening: false,
             in_order: false,
+            unseen: false,
             under_way: 0,
             // After those that were restored.
             arrived: u64::from(restored),
