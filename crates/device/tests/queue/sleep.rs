@@ -175,7 +175,7 @@ fn a_thread_whose_device_has_no_room_sleeps_until_it_is_told() {
         poll: Duration::ZERO,
         patience: Duration::from_secs(60),
     };
-    let mut worker = Worker::start("queue", queue, Control::new(None).unwrap(), bells).unwrap();
+    let worker = Worker::start("queue", queue, Control::new(None).unwrap(), bells).unwrap();
     submit(&mut driver, REST);
     eventfd::ring(kick.as_fd());
     let deadline = Instant::now() + Duration::from_secs(60);
@@ -208,5 +208,5 @@ fn a_thread_whose_device_has_no_room_sleeps_until_it_is_told() {
         tell(told);
     }
     (0..2).for_each(|_| until(&mut |_| driver.take_used().unwrap().is_some()));
-    assert!(worker.stop(None).unwrap().is_some());
+    drop(worker);
 }
