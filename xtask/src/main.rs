@@ -264,7 +264,7 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
     steps.step("the report in a browser", |log| report::run(workspace, log))?;
     boots(workspace, steps, guests)?;
     steps.step("whole PCI functions", |log| cards::boot(workspace, Which::One, guests.no_skip(), log))?;
-    steps.step("wrapped back-ends", |log| wrapped::boot(workspace, wrapped::Which::Folders, guests.no_skip(), log))
+    steps.step("wrapped back-ends", |log| wrapped::boot(workspace, wrapped::Which::All, guests.no_skip(), log))
 }
 
 fn server(workspace: &Workspace, steps: &mut Steps) -> Run {

@@ -111,7 +111,8 @@ impl<M: Memory> Queue<M> {
         report: Box<dyn Report>,
         stopped: Stopped,
     ) -> Self {
-        let requests = Requests { in_order: handler.is_in_order(), ..Requests::new(depth, stopped) };
+        let (in_order, unseen) = (handler.is_in_order(), handler.starts_unseen());
+        let requests = Requests { in_order, unseen, ..Requests::new(depth, stopped) };
         Self { ring, handler, memory, report, requests }
     }
 
@@ -143,8 +144,11 @@ impl<M: Memory> Queue<M> {
             turn.worked |= requests.retry(&mut server, look)?;
         }
         let mut bytes = 0;
+        // Whether the driver may have made more available that the device has room for.
+        let mut more = true;
         for _ in 0..TURN_REQUESTS / BATCH {
             if requests.full {
+                more = false;
                 break;
             }
             let (fetched, met) = requests.fetch(&visit, &mut ring);
@@ -153,25 +157,37 @@ impl<M: Memory> Queue<M> {
                 requests.admit(&mut server, token)?;
                 bytes += requests.slots[usize::from(token)].len();
             }
-            if requests.finished.len() >= SHOWN {
+            if requests.finished.len() >= SHOWN && !requests.unseen {
                 requests.publish(&visit, &mut ring)?;
             }
-            if met? == Met::End || bytes >= TURN_BYTES {
+            if met? == Met::End {
+                more = requests.ring_waits;
+                break;
+            }
+            if bytes >= TURN_BYTES {
                 break;
             }
         }
-        requests.publish(&visit, &mut ring)?;
+        // These may have been all that a device had that takes buffers unseen. It gets those behind them first: the driver may
+        // answer at once what it finds here. No honest driver has more of them than there are slots.
+        if !requests.unseen || !more || requests.finished.len() >= requests.slots.len() {
+            requests.publish(&visit, &mut ring)?;
+        }
         turn.notify = requests.needs_notification(&visit, &mut ring)?;
         Ok(turn)
     }
 
-    /// Asks the driver to say when it makes something available, and the device when it completes something. `true`: one
-    /// already has, so there is another turn to take before sleeping.
+    /// Asks the driver to say when it makes something available, if that could be taken, and the device when it completes
+    /// something. `true`: one already has, so there is another turn to take before sleeping.
     ///
     /// # Errors
     /// As [`Queue::turn`].
     pub fn listen(&mut self) -> Result<bool, Broken> {
         let completed = self.listen_to_device();
+        if self.requests.full || self.requests.free.is_empty() {
+            // Whatever is available is not taken before there is room or a place for it, and then it is found.
+            return Ok(completed);
+        }
         let visit = self.memory.visit();
         let waits = &mut self.requests.ring_waits;
         let available = self.ring.open(&visit).enable_notifications();
@@ -195,9 +211,13 @@ impl<M: Memory> Queue<M> {
         self.ring.open(&visit).disable_notifications().or_else(|stop| wait_or_break(stop, waits))
     }
 
-    /// Whether something waits for translations: worth another try even if no news come.
+    /// Whether something waits for translations: worth another try even if no news come. For room alone it is waited until
+    /// the device tells.
     pub fn is_waiting(&self) -> bool {
-        !self.requests.waiting.is_empty() || !self.requests.back.is_empty() || self.requests.ring_waits
+        let requests = &self.requests;
+        !requests.waiting.is_empty() && !requests.waits_for_room_alone()
+            || !requests.back.is_empty()
+            || requests.ring_waits
     }
 
     /// Whether the ring itself lacks a translation: then there may be chains, and none can be taken.
@@ -365,6 +385,8 @@ struct Requests {
     listening: bool,
     /// None overtakes another.
     in_order: bool,
+    /// The device takes buffers before it is known where they are.
+    unseen: bool,
     under_way: usize,
     /// How many chains have been taken off the ring.
     arrived: u64,
@@ -498,6 +520,7 @@ impl Requests {
             full: false,
             listening: false,
             in_order: false,
+            unseen: false,
             under_way: 0,
             // After those that were restored.
             arrived: u64::from(restored),
@@ -586,6 +609,12 @@ impl Requests {
             }
         }
         Ok(some)
+    }
+
+    /// Whether no chain that waits lacks anything but room, which the device knows that it was asked for.
+    fn waits_for_room_alone(&self) -> bool {
+        let for_room = |&token: &Token| matches!(self.slots[usize::from(token)].lacks, Some(Lack::Room | Lack::Turn));
+        self.full && self.waiting.iter().all(for_room)
     }
 
     /// Takes a few chains off the ring and has what they describe brought near: first the tables of those that have one,
@@ -747,7 +776,11 @@ impl Slot {
         if self.stage == Stage::New {
             match self.chain.expand(server.visit, self.asked) {
                 Ok(()) => {}
-                Err(RingStop::Wait(miss)) => return Ok(self.wait(miss)),
+                Err(RingStop::Wait(miss)) => {
+                    // Where its buffers are is not known yet.
+                    self.lacks = None;
+                    return Ok(self.wait(miss));
+                }
                 Err(RingStop::Broken(error)) => return Err(Broken::Ring(error)),
                 // The table that tells where the request's bytes are is itself out of reach: nobody can be told.
                 Err(RingStop::Fault(fault)) => {

@@ -1,9 +1,9 @@
 //! A network card whose other end is passt: what it sends to the gateway reaches this machine's own address.
 //!
 //! passt's TCP has patience for a few seconds, which is less than a busy machine may take: a connection that it resets is made
-//! anew. And of a connection whose peer has closed its half it forgets the rest, without a word to the guest, where it finds
-//! the card's receive queue empty (`tcp_vu_data_from_sock` of 2025_05_03 takes that for the end of the stream, and has no
-//! buffer left to say so): so nobody here closes before the guest has all that it came for.
+//! anew. And of a connection that both sides close it forgets what it has not sent yet, as soon as all is acknowledged that it
+//! has, if the guest closed first (docs/wrap.md): so the guest closes no half before it has all that it came for, and its
+//! peers close last.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -137,7 +137,7 @@ ip addr add "$ip/$mask" dev eth0
 ip route add default via "$router"
 END
 chmod +x /run/dhcp
-udhcpc -i eth0 -n -q -t 20 -T 1 -s /run/dhcp || finish failed
+udhcpc -i eth0 -n -q -t 100 -T 1 -s /run/dhcp || finish failed
 tell address "$(ip -4 -o addr show dev eth0 | sed 's/.*inet \([0-9.]*\).*/\1/')"
 # Something to read from that has no end.
 mkfifo /run/never /run/pipe

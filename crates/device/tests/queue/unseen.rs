@@ -92,6 +92,38 @@ fn what_is_only_written_to_is_posted_before_it_is_known_where_it_is() {
     check(Access::Read, Page::Here);
 }
 
+/// A device whose buffers are all filled gets others before the driver hears of these, however long it takes to see which: the
+/// driver may answer at once, and there are devices that have no patience.
+#[test]
+fn the_driver_hears_of_a_buffer_once_the_device_has_the_next() {
+    let world = World::new();
+    let filling = Filling { in_order: true, ..Filling::default() };
+    let at = Position::start(Rules::default().format);
+    let mut driver = world.driver();
+    let mut queue = world.queue(Box::new(filling.clone()), Box::new(filling.clone()), Stopped::at(at), at);
+    let mut post = |number: usize| {
+        let addr = BusAddr((REST * PAGE + number * 64) as u64);
+        driver.add(&[Descriptor { addr, len: 32, access: Access::Write }], None).unwrap();
+        driver.publish();
+    };
+    post(0);
+    queue.turn(Look::Thorough).unwrap();
+    post(1);
+    // Where the driver says what it has made available.
+    world.set(1, Page::Missing);
+    *filling.arrived.lock().unwrap() = true;
+    queue.turn(Look::Thorough).unwrap();
+    assert_eq!(filling.posted.lock().unwrap().len(), 0, "nothing is posted");
+    assert_eq!(driver.take_used(), Ok(None));
+    assert!(queue.is_waiting());
+
+    *filling.arrived.lock().unwrap() = false;
+    world.set(1, Page::Here);
+    queue.turn(Look::Thorough).unwrap();
+    assert_eq!(filling.posted.lock().unwrap().len(), 1);
+    assert_eq!(driver.take_used().unwrap().map(|used| used.written), Some(32));
+}
+
 /// Whoever stops the queue may be who would have brought what is missing.
 #[test]
 fn a_queue_that_stops_waits_for_no_translation() {
