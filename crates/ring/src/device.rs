@@ -58,12 +58,16 @@ impl DeviceQueue {
         }
     }
 
-    /// Where the queue is as far as the driver sees: behind what was popped and what was published. A queue that goes on
-    /// from here pushes again what was pushed and not published.
-    pub fn published(&self) -> Position {
+    /// Where the queue is as far as the driver sees, behind what was published, if the last `entries` of the ring that were
+    /// popped had not been. A queue that goes on from here pops those again, and pushes again what was pushed and not
+    /// published.
+    ///
+    /// None of those may have been pushed: a packed ring has what was pushed where a chain was.
+    pub fn rewound(&self, entries: u16) -> Position {
+        assert!(entries <= self.under_way(), "{entries} entries, of {} that are under way", self.under_way());
         match &self.0 {
-            Queue::Split(queue) => queue.published(),
-            Queue::Packed(queue) => queue.published(),
+            Queue::Split(queue) => queue.rewound(entries),
+            Queue::Packed(queue) => queue.rewound(entries),
         }
     }
 

@@ -82,8 +82,8 @@ impl Queue {
         Position { avail: self.state.next, used: self.state.pushed }
     }
 
-    pub(super) fn published(&self) -> Position {
-        Position { avail: self.state.next, used: self.state.published }
+    pub(super) fn rewound(&self, entries: u16) -> Position {
+        Position { avail: self.state.next.wrapping_sub(entries), used: self.state.published }
     }
 
     pub(super) fn under_way(&self) -> u16 {
