@@ -41,6 +41,19 @@ impl DeviceQueue {
         }))
     }
 
+    /// A queue that goes on where vhost-user's `SET_VRING_BASE` says. Of a split ring that says nothing of the used index,
+    /// which is read from the ring: it is behind the other where somebody else took chains and did not end them.
+    ///
+    /// # Errors
+    /// As [`DeviceQueue::new`]; a number that is no position.
+    pub fn at_vring_base(rules: Rules, layout: Layout, base: u32) -> Result<Self, LayoutError> {
+        let mut queue = Self::new(rules, layout, Position::from_vring_base(rules.format, base)?)?;
+        if let Queue::Split(split) = &mut queue.0 {
+            split.adopt();
+        }
+        Ok(queue)
+    }
+
     /// The queue during `visit`.
     #[inline]
     pub fn open<'q, 'v, V: Visit>(&'q mut self, visit: &'v V) -> OpenQueue<'q, 'v, V> {
