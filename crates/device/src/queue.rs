@@ -17,6 +17,7 @@ use ringfence_ring::{Chain, DeviceQueue, Head, OpenQueue, Position, RingError, R
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
 
 /// Most requests of one turn, and most bytes: a turn is a visit, and whoever takes translations away waits for it.
 const TURN_REQUESTS: usize = 64;
@@ -33,6 +34,10 @@ const SHOWN: usize = 16;
 /// Most translations that one chain asks for at a time: a driver may describe 4 GiB with one descriptor, and what asks
 /// its VMM for each page of that keeps the VMM from everything else.
 const MISSES_AT_ONCE: usize = 1024;
+
+/// For how long the driver is not told of what is done because one that came before it waits for a translation: see
+/// [`Requests::held`]. Answers take microseconds, of a busy VMM milliseconds; one that never comes holds nobody.
+const HELD: Duration = Duration::from_millis(50);
 
 /// Room for so many pieces is kept in each slot.
 const PIECES_KEPT: usize = 1024;
@@ -126,7 +131,8 @@ impl<M: Memory> Queue<M> {
         report: Box<dyn Report>,
         stopped: Stopped,
     ) -> Self {
-        let requests = Requests { in_order: handler.is_in_order(), ..Requests::new(depth, stopped) };
+        let (in_order, repeats) = (handler.is_in_order(), handler.may_repeat());
+        let requests = Requests { in_order, repeats, ..Requests::new(depth, stopped) };
         Self { ring, handler, memory, report, requests }
     }
 
@@ -308,7 +314,7 @@ impl<M: Memory> Queue<M> {
     pub fn stop(self) -> (Stopped, Leftover) {
         let Self { ring, mut handler, memory, requests, .. } = self;
         drop(memory);
-        let Requests { slots, free, unpublished, finished, under_way, mut arrived, .. } = requests;
+        let Requests { slots, free, unpublished, finished, under_way, repeats, mut arrived, .. } = requests;
         let mut is_free = vec![false; slots.len()];
         free.iter().for_each(|&token| is_free[usize::from(token)] = true);
         let mut waiting = Vec::new();
@@ -326,10 +332,12 @@ impl<M: Memory> Queue<M> {
         if under_way > 0 {
             handler.abandon();
         }
-        // The newest of those that were not pushed are the ring's again.
+        // The newest of those that were not pushed are the ring's again, if nobody minds that what is done is done again.
         let mut finished = Vec::from(finished);
         let mut unended: Vec<_> = waiting.iter().map(|(arrival, chain)| (*arrival, chain.head())).collect();
-        unended.extend(finished.iter().map(|finished| (finished.arrival, finished.head)));
+        if repeats {
+            unended.extend(finished.iter().map(|finished| (finished.arrival, finished.head)));
+        }
         unended.sort_unstable_by_key(|&(arrival, _)| arrival);
         let mut entries = 0;
         while let Some((arrival, head)) = unended.pop()
@@ -394,6 +402,14 @@ struct Requests {
     listening: bool,
     /// None overtakes another.
     in_order: bool,
+    /// Any may be carried out again that the driver was not told of.
+    repeats: bool,
+    /// The driver is not told of those that came after this one, which waits for a translation: then all of them can be the
+    /// ring's again, should the queue stop now. Whoever stops it may be who would bring the translation, and another
+    /// process may be who goes on. Since when that is so.
+    held: Option<(u64, Instant)>,
+    /// Those that came before this one have been waited for in vain.
+    overtaken: u64,
     under_way: usize,
     /// How many chains have been taken off the ring and are not its own again.
     arrived: u64,
@@ -523,6 +539,9 @@ impl Requests {
             full: false,
             listening: false,
             in_order: false,
+            repeats: false,
+            held: None,
+            overtaken: 0,
             under_way: 0,
             arrived,
         }
@@ -718,12 +737,18 @@ impl Requests {
     /// Puts what is finished on the used ring, as far as the ring can be reached.
     #[inline]
     fn publish<V: Visit>(&mut self, visit: &V, ring: &mut OpenQueue<'_, '_, V>) -> Result<(), Broken> {
-        while let Some(&Finished { head, written, .. }) = self.finished.front() {
+        let before = self.hold();
+        let mut at = 0;
+        while let Some(&Finished { arrival, head, written }) = self.finished.get(at) {
+            if arrival >= before {
+                at += 1;
+                continue;
+            }
             if let Err(stop) = ring.push(head, written) {
                 wait_or_break(stop, &mut self.ring_waits)?;
                 break;
             }
-            self.unpublished.extend(self.finished.pop_front());
+            self.unpublished.extend(self.finished.remove(at));
         }
         if self.unpublished.is_empty() {
             return Ok(());
@@ -735,6 +760,32 @@ impl Requests {
         self.unpublished.clear();
         self.untold = true;
         Ok(())
+    }
+
+    /// The driver is told of those that arrived before the one with this number: see [`Requests::held`].
+    #[inline]
+    fn hold(&mut self) -> u64 {
+        if self.waiting.is_empty() || self.finished.is_empty() || !self.repeats {
+            self.held = None;
+            return u64::MAX;
+        }
+        let waiting = self.waiting.iter().map(|&token| &self.slots[usize::from(token)]);
+        // What lacks nothing but room has it before the queue stops.
+        let lacking = waiting.filter(|slot| slot.arrival >= self.overtaken && slot.lacks != Some(Lack::Room));
+        let oldest = lacking.map(|slot| slot.arrival).min();
+        let Some(oldest) = oldest.filter(|&oldest| self.finished.iter().any(|finished| finished.arrival > oldest))
+        else {
+            self.held = None;
+            return u64::MAX;
+        };
+        let (_, since) =
+            *self.held.take_if(|(held, _)| *held == oldest).get_or_insert_with(|| (oldest, Instant::now()));
+        if since.elapsed() < HELD {
+            self.held = Some((oldest, since));
+            return oldest;
+        }
+        self.overtaken = oldest + 1;
+        self.hold()
     }
 
     /// Whether the driver wants to be told of what was published since this was last asked.

@@ -22,6 +22,8 @@ struct Held {
     room: Option<usize>,
     /// What has not begun can be taken back.
     posts: bool,
+    /// What was done may be done again.
+    repeats: bool,
 }
 
 impl Holding {
@@ -40,6 +42,10 @@ impl Holding {
 impl Handler for Holding {
     fn is_in_order(&self) -> bool {
         self.held().posts
+    }
+
+    fn may_repeat(&self) -> bool {
+        self.held().repeats
     }
 
     fn start(&mut self, token: Token, request: &Request<'_>) -> Outcome {
@@ -276,6 +282,8 @@ fn what_waits_for_room_alone_is_waited_for() {
         assert!(!queue.drain());
         device.end([0]);
         assert!(queue.drain());
+        queue.flush().unwrap();
+        assert_eq!(side.used(), [1, 0]);
         assert!(!queue.stop().0.is_unfinished());
     });
 }
@@ -302,12 +310,77 @@ fn what_the_device_gives_back_is_the_rings_again() {
     });
 }
 
-/// What is done and could not be put on the ring was not done, for whoever goes on.
+/// While one waits for its translation the driver is not told of those that came later: so the ring can have them all.
+#[test]
+fn whom_the_driver_is_not_told_of_is_the_rings_again() {
+    each_format(|world, format| {
+        for comes in [true, false] {
+            let mut side = Side::new(world, format);
+            let device = Holding::default();
+            device.held().repeats = true;
+            let mut queue = side.fresh(&device, side.start());
+            side.submit(0..1);
+            turn(&mut queue);
+            device.end([0]);
+            world.set(page_of(1), Page::Missing);
+            side.submit(1..4);
+            turn(&mut queue);
+            device.end([2, 3]);
+            turn(&mut queue);
+            assert_eq!(side.used(), [0], "1 waits");
+            if comes {
+                world.set(page_of(1), Page::Here);
+                turn(&mut queue);
+                assert_eq!(side.used(), [0, 2, 3]);
+                device.end([1]);
+                turn(&mut queue);
+                assert_eq!(side.used(), [0, 2, 3, 1]);
+                continue;
+            }
+            assert!(queue.drain());
+            queue.flush().unwrap();
+            let (stopped, _leftover) = queue.stop();
+            assert!(!stopped.is_unfinished());
+            world.set(page_of(1), Page::Here);
+            let next = Holding::default();
+            turn(&mut side.fresh(&next, side.base(&stopped)));
+            assert_eq!(next.held().started, [1, 2, 3], "{format:?}");
+        }
+    });
+}
+
+/// Whoever waits for what never comes keeps the others for a moment, and once.
+#[test]
+fn what_never_comes_holds_nobody() {
+    each_format(|world, format| {
+        let mut side = Side::new(world, format);
+        let device = Holding::default();
+        device.held().repeats = true;
+        let mut queue = side.fresh(&device, side.start());
+        world.set(page_of(0), Page::Missing);
+        side.submit(0..2);
+        turn(&mut queue);
+        device.end([1]);
+        while side.used().is_empty() {
+            turn(&mut queue);
+        }
+        side.submit(2..3);
+        turn(&mut queue);
+        device.end([2]);
+        turn(&mut queue);
+        assert_eq!(side.used(), [1, 2]);
+        assert!(queue.stop().0.is_unfinished());
+        world.set(page_of(0), Page::Here);
+    });
+}
+
+/// What is done and could not be put on the ring was not done, for whoever goes on, if it may be done again.
 #[test]
 fn what_could_not_be_told_is_done_again() {
     each_format(|world, format| {
         let mut side = Side::new(world, format);
         let device = Holding::default();
+        device.held().repeats = true;
         let mut queue = side.fresh(&device, side.start());
         side.submit(0..3);
         turn(&mut queue);

@@ -57,7 +57,8 @@ impl<'m> Guest<'m> {
         bytes[16] = 0xff;
         self.memory.slice(header, 17).write(0, &bytes);
         self.memory.slice(data, LEN).fill(value);
-        let descriptor = |at: usize, len: usize, access| Descriptor { addr: BusAddr(at as u64), len: len as u32, access };
+        let descriptor =
+            |at: usize, len: usize, access| Descriptor { addr: BusAddr(at as u64), len: len as u32, access };
         let mut chain = vec![descriptor(header, 16, Access::Read)];
         chain.extend((0..LEN / PAGE).map(|page| descriptor(data + page * PAGE, PAGE, Access::Read)));
         chain.push(descriptor(header + 16, 1, Access::Write));
@@ -79,7 +80,13 @@ impl<'m> Guest<'m> {
 }
 
 /// Serves `guest` from `base` on by a process of its own, for as long as `until` says; where it stopped.
-fn serve(guest: &mut Guest<'_>, backend: &Path, base: u32, io_timeout: Duration, until: impl FnOnce(&mut Guest<'_>)) -> u32 {
+fn serve(
+    guest: &mut Guest<'_>,
+    backend: &Path,
+    base: u32,
+    io_timeout: Duration,
+    until: impl FnOnce(&mut Guest<'_>),
+) -> u32 {
     // Room for one request at a time.
     let wrapped = wrap_looking(Options { pool: 18 * PAGE, ..options(backend) }, Duration::from_micros(20), io_timeout);
     let client = Frontend::connect(&wrapped.socket, ClientOptions::default()).unwrap();
