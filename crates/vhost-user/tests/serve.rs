@@ -81,7 +81,8 @@ fn messages_that_come_at_once_are_answered_in_order() {
 /// A front-end that says nothing more, whose back-end channel holds a few questions at a time: it gets all of them as it reads.
 #[test]
 fn what_the_back_end_channel_has_no_room_for_follows_when_there_is() {
-    const PAGES: u64 = 200;
+    // As many as a request asks for at a time.
+    const PAGES: u64 = 1024;
     let served = Served::start(IommuMode::Offer);
     let mut main = Channel::<Header>::new(UnixStream::connect(&served.socket).unwrap().into());
     let say = |main: &Channel, message: Message<BorrowedFd<'_>>| main.send(&message.encode(NeedReply::No)).unwrap();
@@ -111,7 +112,8 @@ fn what_the_back_end_channel_has_no_room_for_follows_when_there_is() {
     let rules = Rules::default();
     let mut queue = DriverQueue::new(rules, 256, RingCells::new(rules.format, 256, &slices)).unwrap();
     let page = |page: u64| BusAddr((1 << 40) + page * PAGE as u64);
-    let chain: Vec<_> = (0..PAGES).map(|at| Descriptor { addr: page(at), len: 512, access: Access::Read }).collect();
+    let pieces = (0..PAGES).step_by(32);
+    let chain: Vec<_> = pieces.map(|at| Descriptor { addr: page(at), len: 32 << 12, access: Access::Read }).collect();
     queue.add(&chain, None).unwrap();
     queue.publish();
     say(&main, Message::SetVringNum { index: 0, num: 256 });
@@ -121,6 +123,8 @@ fn what_the_back_end_channel_has_no_room_for_follows_when_there_is() {
     say(&main, Message::SetVringKick(VringFd { index: 0, fd: Some(kick.as_fd()) }));
     say(&main, Message::SetVringEnable { index: 0, enable: Enable::On });
 
+    // Until nobody over there has anything else to do.
+    std::thread::sleep(Duration::from_millis(20));
     let mut asked = BTreeSet::new();
     while asked.len() < PAGES as usize {
         let message = channel.receive_until(patience()).unwrap_or_else(|error| panic!("{} came: {error}", asked.len()));
@@ -128,8 +132,10 @@ fn what_the_back_end_channel_has_no_room_for_follows_when_there_is() {
             BackendRequest::IotlbMsg(IotlbReport::Miss { iova, .. }) => asked.insert(iova),
             other => panic!("{other:?}"),
         };
-        // Slower than the other side could send.
-        std::thread::sleep(Duration::from_micros(100));
+        if asked.len().is_multiple_of(32) {
+            // Slower than the other side could send.
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
     assert!(asked.into_iter().eq((0..PAGES).map(page)));
 }
