@@ -239,6 +239,8 @@ fn stop_and_go_on(before: fn(&client::Frontend), after: fn(&client::Frontend)) {
     assert_eq!(frontend.client.counters().updates, counters.updates, "nothing was answered yet");
     before(&frontend.client);
     let base = disk.device_mut().transport_mut().pause(0).unwrap();
+    // None of them was begun: another process would find all of them in the ring.
+    assert_eq!(base as u16, (base >> 16) as u16, "{base:#x}: a packed ring's");
     after(&frontend.client);
     disk.device_mut().transport_mut().resume(0, base).unwrap();
     let mut done = 0;
