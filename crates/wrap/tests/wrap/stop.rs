@@ -1,17 +1,19 @@
 //! Queues that stop at any time, and go on with another process that knows nothing but the number that the first one gave.
 
 use crate::scripted::{Act, Scripted};
-use crate::{PAGE, options, wrap_looking};
+use crate::traffic::Echo;
+use crate::{PAGE, options, serve_plainly, wrap_looking};
 use ringfence_dma::{Access, BusAddr, FrontendVa, Gpa};
 use ringfence_hostmem::{Placement, SharedMemory};
 use ringfence_ring::{Descriptor, DriverQueue, Format, Position, RingArea, RingCells, RingSlices, Rules};
 use ringfence_vhost_user::client::{Frontend, Options as ClientOptions, Vring};
 use ringfence_vhost_user::session::bits;
-use ringfence_wrap::Options;
+use ringfence_wrap::{Kind, Options};
 use rustix::event::{EventfdFlags, eventfd};
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const SIZE: u16 = 256;
@@ -88,7 +90,19 @@ fn serve(
     until: impl FnOnce(&mut Guest<'_>),
 ) -> u32 {
     // Room for one request at a time.
-    let wrapped = wrap_looking(Options { pool: 18 * PAGE, ..options(backend) }, Duration::from_micros(20), io_timeout);
+    let base = serve_as(Options { pool: 18 * PAGE, ..options(backend) }, guest, base, io_timeout, until);
+    guest.look();
+    base
+}
+
+fn serve_as(
+    options: Options,
+    guest: &mut Guest<'_>,
+    base: u32,
+    io_timeout: Duration,
+    until: impl FnOnce(&mut Guest<'_>),
+) -> u32 {
+    let wrapped = wrap_looking(options, Duration::from_micros(20), io_timeout);
     let client = Frontend::connect(&wrapped.socket, ClientOptions::default()).unwrap();
     let packed = if guest.format == Format::Packed { bits::RING_PACKED } else { 0 };
     client.set_features(client.offered() & (bits::VERSION_1 | packed)).unwrap();
@@ -102,9 +116,7 @@ fn serve(
     client.start_vring(&vring).unwrap();
     rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
     until(guest);
-    let base = client.stop_vring(0).unwrap();
-    guest.look();
-    base
+    client.stop_vring(0).unwrap()
 }
 
 fn memory() -> SharedMemory {
@@ -184,5 +196,50 @@ fn what_a_silent_back_end_had_goes_on_with_another_process() {
         let base = serve(&mut guest, &backend.socket, start, Duration::from_millis(100), |_| backend.has_taken(1));
         assert_eq!(base, start);
         finish(&mut guest, &backend, base, SLOTS);
+    }
+}
+
+/// Buffers that stand at a card are another's when the queue stops, and nobody waits for them.
+#[test]
+fn what_nothing_has_arrived_for_goes_on_with_another_process() {
+    const BUFFERS_POSTED: usize = 12;
+    for format in [Format::Split, Format::Packed] {
+        let card = Arc::new(Echo::new());
+        let backend = serve_plainly(Arc::clone(&card) as _);
+        let memory = memory();
+        let mut guest = Guest::new(&memory, format);
+        let mut buffers = HashMap::new();
+        for number in 0..BUFFERS_POSTED {
+            let addr = BusAddr((BUFFERS + number * PAGE) as u64);
+            let on_ring = guest.ring.add(&[Descriptor { addr, len: 2048, access: Access::Write }], None).unwrap();
+            buffers.insert(on_ring.index(), number);
+        }
+        guest.ring.publish();
+        let mut base = Position::start(format).vring_base(format);
+        let mut arrived = 0;
+        for count in [0, 3, 1, 8] {
+            let net = Options { kind: Kind::Net, pool: 32 * PAGE, ..options(&backend.socket) };
+            base = serve_as(net, &mut guest, base, Duration::from_secs(60), |guest| {
+                for number in arrived..arrived + count {
+                    card.receive(vec![number as u8 + 1; 100 + number]);
+                }
+                let deadline = Instant::now() + Duration::from_secs(60);
+                while arrived < BUFFERS_POSTED.min(guest.ended.len() + count) {
+                    let Some(used) = guest.ring.take_used().unwrap() else {
+                        assert!(Instant::now() < deadline, "{arrived} arrived");
+                        std::thread::sleep(Duration::from_millis(1));
+                        continue;
+                    };
+                    let mut packet = vec![0; used.written as usize];
+                    let buffer = buffers.remove(&used.token.index()).expect("used twice");
+                    memory.slice(BUFFERS + buffer * PAGE, packet.len()).read(0, &mut packet);
+                    assert_eq!(packet, vec![arrived as u8 + 1; 100 + arrived]);
+                    arrived += 1;
+                }
+            });
+            guest.ended.resize(arrived, (0, 0));
+            assert_nothing_is_left_behind(&guest, base);
+        }
+        assert!(buffers.is_empty());
     }
 }
