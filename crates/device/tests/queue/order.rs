@@ -358,19 +358,20 @@ fn what_never_comes_holds_nobody() {
         device.held().repeats = true;
         let mut queue = side.fresh(&device, side.start());
         world.set(page_of(0), Page::Missing);
-        side.submit(0..2);
+        world.set(page_of(1), Page::Missing);
+        side.submit(0..3);
         turn(&mut queue);
-        device.end([1]);
+        device.end([2]);
         while side.used().is_empty() {
             turn(&mut queue);
         }
-        side.submit(2..3);
+        side.submit(3..4);
         turn(&mut queue);
-        device.end([2]);
+        device.end([3]);
         turn(&mut queue);
-        assert_eq!(side.used(), [1, 2]);
+        assert_eq!(side.used(), [2, 3]);
         assert!(queue.stop().0.is_unfinished());
-        world.set(page_of(0), Page::Here);
+        (0..2).for_each(|name| world.set(page_of(name), Page::Here));
     });
 }
 
