@@ -30,7 +30,7 @@ const GRACE: Duration = Duration::from_millis(250);
 
 /// How long a thread may take beyond all that. Its visits to memory are short, unless memory itself does not answer; but
 /// a busy host may not let it run for a while.
-const VISIT: Duration = Duration::from_secs(10);
+pub const VISIT: Duration = Duration::from_secs(10);
 
 /// How often an empty queue is looked at between two looks at the clock.
 const LOOKS: u32 = 32;
@@ -210,15 +210,16 @@ impl Worker {
 
     /// Stops the thread, and says where the queue was when it touched memory for the last time. `None`: it panicked,
     /// which is our own mistake; it has let go of everything, and what it knew is lost. Storage is waited for as long as
-    /// [`Bells::patience`] says, and hardly at all once `hurry` is readable.
+    /// [`Bells::patience`] says, and hardly at all once `hurry` is readable; memory as long as `visit` says beyond that, and
+    /// from now on: [`VISIT`] where it may be expected to answer.
     ///
     /// # Errors
     /// [`Stuck`]; may be called again.
-    pub fn stop(&mut self, hurry: Option<BorrowedFd<'_>>) -> Result<Option<Stopped>, Stuck> {
+    pub fn stop(&mut self, hurry: Option<BorrowedFd<'_>>, visit: Duration) -> Result<Option<Stopped>, Stuck> {
         self.tell_stop();
         let told = *self.told.get_or_insert_with(Instant::now);
         let mut hurry = hurry;
-        let mut deadline = told + self.control.patience() + GRACE + VISIT;
+        let mut deadline = (told + self.control.patience() + GRACE).max(Instant::now()) + visit;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let timeout = Timespec::try_from(left).ok();
@@ -232,7 +233,7 @@ impl Worker {
             if fds.get(1).is_some_and(|fd| !fd.revents().is_empty()) {
                 hurry = None;
                 self.control.shorten(HURRY);
-                deadline = deadline.min(Instant::now() + HURRY + GRACE + VISIT);
+                deadline = deadline.min(Instant::now() + HURRY + GRACE + visit);
             } else if left.is_zero() {
                 return Err(Stuck);
             }
@@ -253,7 +254,7 @@ impl Drop for Worker {
     /// The memory that the thread serves may go after this, so it waits.
     fn drop(&mut self) {
         if self.thread.is_some() {
-            while self.stop(None).is_err() {}
+            while self.stop(None, VISIT).is_err() {}
         }
     }
 }

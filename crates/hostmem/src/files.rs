@@ -59,8 +59,16 @@ impl Files {
 
     /// Whether one of them was cut short, see [`Region::is_lost`](crate::Region::is_lost).
     pub fn is_lost(&self) -> bool {
-        let files = self.mapped.values().chain(&self.alone);
-        files.filter_map(Weak::upgrade).any(|file| file.is_lost())
+        self.files().any(|file| file.is_lost())
+    }
+
+    /// As [`Region::take_away`](crate::Region::take_away), all of them.
+    pub fn take_away(&self) -> bool {
+        self.files().filter(|file| !file.take_away()).count() == 0
+    }
+
+    fn files(&self) -> impl Iterator<Item = Arc<Mapping>> {
+        self.mapped.values().chain(&self.alone).filter_map(Weak::upgrade)
     }
 
     /// Whether none is.
@@ -128,11 +136,6 @@ impl Part {
     /// As [`Region::is_lost`](crate::Region::is_lost), of the whole file.
     pub fn is_lost(&self) -> bool {
         self.mapping.is_lost()
-    }
-
-    /// As [`Region::take_away`](crate::Region::take_away), the whole file.
-    pub fn take_away(&self) -> bool {
-        self.mapping.take_away()
     }
 }
 

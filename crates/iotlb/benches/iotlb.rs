@@ -14,7 +14,7 @@ use std::sync::Arc;
 use vm_memory::{GuestAddress, Permissions};
 
 fn main() {
-    for layout in [Layout::Dense, Layout::Scattered] {
+    for layout in [Layout::Dense, Layout::Straight, Layout::Scattered] {
         let bytes = COUNTS.map(|count| {
             let table = Ringfence::filled(layout, count);
             format!("{:.1} for {count}", table.0.statistics().bytes as f64 / count as f64)
@@ -34,6 +34,8 @@ const MANY: [u64; 4] = [64, 2048, 1 << 16, 1 << 20];
 enum Layout {
     /// One after the other, as Linux gives them out.
     Dense,
+    /// One after the other, and their memory too.
+    Straight,
     /// Anywhere: the worst case.
     Scattered,
 }
@@ -41,18 +43,23 @@ enum Layout {
 impl Layout {
     fn page(self, i: u64) -> u64 {
         match self {
-            Layout::Dense => 0xf000_0000_0000 + i * PAGE,
+            Layout::Dense | Layout::Straight => 0xf000_0000_0000 + i * PAGE,
             Layout::Scattered => (i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) & !(PAGE - 1),
         }
+    }
+
+    /// Where in memory the i-th of `count` pages is.
+    fn host(self, i: u64, count: u64) -> u64 {
+        let place = match self {
+            Layout::Straight => i,
+            // Neighbours in bus addresses are none there.
+            Layout::Dense | Layout::Scattered => (i * 7) % count * 2,
+        };
+        0x10_0000_0000 + place * PAGE
     }
 }
 
 const PAGE: u64 = 4096;
-
-/// Where in memory the i-th of `count` pages is: neighbours in bus addresses are none there.
-fn host(i: u64, count: u64) -> u64 {
-    0x10_0000_0000 + (i * 7) % count * 2 * PAGE
-}
 
 /// How many at a time: with fewer, what is measured is how the caches warm up.
 const LOOKUPS: u32 = 25_000;
@@ -66,7 +73,7 @@ trait Table: Sized {
     fn look_up(&mut self, bencher: Bencher<'_, '_>, next: impl FnMut() -> u64);
 
     fn fill(&mut self, layout: Layout, count: u64) {
-        (0..count).for_each(|i| self.insert(layout.page(i), host(i, count)));
+        (0..count).for_each(|i| self.insert(layout.page(i), layout.host(i, count)));
     }
 
     fn filled(layout: Layout, count: u64) -> Self {
@@ -158,6 +165,11 @@ fn lookup_dense<T: Table>(bencher: Bencher<'_, '_>, count: u64) {
 }
 
 #[divan::bench(types = [Ringfence, VmMemory], args = COUNTS, sample_count = 40, sample_size = LOOKUPS)]
+fn lookup_straight<T: Table>(bencher: Bencher<'_, '_>, count: u64) {
+    lookup::<T>(bencher, Layout::Straight, count);
+}
+
+#[divan::bench(types = [Ringfence, VmMemory], args = COUNTS, sample_count = 40, sample_size = LOOKUPS)]
 fn lookup_scattered<T: Table>(bencher: Bencher<'_, '_>, count: u64) {
     lookup::<T>(bencher, Layout::Scattered, count);
 }
@@ -183,12 +195,21 @@ fn visit_and_lookup_dense(bencher: Bencher<'_, '_>, count: u64) {
 /// One mapping taken away and given again, anywhere among all that there are.
 #[divan::bench(types = [Ringfence, VmMemory], args = COUNTS, sample_count = 40, sample_size = LOOKUPS)]
 fn invalidate_and_insert<T: Table>(bencher: Bencher<'_, '_>, count: u64) {
-    let mut table = T::filled(Layout::Dense, count);
+    replace::<T>(bencher, Layout::Dense, count);
+}
+
+#[divan::bench(types = [Ringfence, VmMemory], args = COUNTS, sample_count = 40, sample_size = LOOKUPS)]
+fn invalidate_and_insert_straight<T: Table>(bencher: Bencher<'_, '_>, count: u64) {
+    replace::<T>(bencher, Layout::Straight, count);
+}
+
+fn replace<T: Table>(bencher: Bencher<'_, '_>, layout: Layout, count: u64) {
+    let mut table = T::filled(layout, count);
     let mut next = random(count);
     bencher.bench_local(|| {
         let i = next();
-        table.remove(Layout::Dense.page(i));
-        table.insert(Layout::Dense.page(i), host(i, count));
+        table.remove(layout.page(i));
+        table.insert(layout.page(i), layout.host(i, count));
     });
 }
 

@@ -6,19 +6,20 @@
 //! probe for each level in use, which is one where all mappings are 4 KiB pages or all are 16 MiB, however many.
 //!
 //! What a cluster holds is one word: a single granule's translation, a mapping of several granules (a [`Span`]), or a leaf
-//! of 64 such words, or of 64 half words, once two mappings meet in one cluster: see `word.rs`. Dense pages so take a little
-//! over 4 bytes each, 6 with their slots, and scattered ones under 100, and a word changes in one store: a reader sees the old mapping or the
-//! new one, never half.
+//! of 64 such words, or of 64 half words, once two mappings meet in one cluster, or all 64 if they are a row: see `word.rs`.
+//! Dense pages so take a little over 4 bytes each, 6 with their slots, in rows half a byte to 2, and scattered ones under
+//! 100, and a word changes in one store: a reader sees the old mapping or the new one, never half.
 //!
 //! What is unlinked is not freed but retired: see `Grace` in `iotlb.rs`.
 
 use crate::index::Index;
 use crate::sync::{AtomicPtr, AtomicU32, AtomicU64};
-use crate::word::{ADDRESS, LEAF, Leaf, Meaning, NARROW, NarrowLeaf, Origin, SPAN, Span, WideLeaf, Word};
+use crate::word::{ADDRESS, LEAF, Leaf, Meaning, NARROW, NarrowLeaf, Origin, PAGES, SPAN, Span, WideLeaf, Word};
 use ringfence_dma::Permission;
 use rustix::mm::{Advice, madvise};
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
+use std::iter;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -185,6 +186,14 @@ impl Run {
         (u64::MAX >> (64 - self.count)) << self.index
     }
 
+    /// The granules of a cluster that have something of `first..=last`, which has something of the cluster.
+    fn within(level: u32, cluster: u64, first: u64, last: u64) -> Run {
+        let start = cluster << 6 << (6 * level);
+        let from = if first > start { index(level, first) } else { 0 };
+        let to = if last >> (6 * level) >> 6 > cluster { 63 } else { index(level, last) };
+        Run { level, cluster, index: from, count: to - from + 1 }
+    }
+
     /// A range that is one granule: what nearly all are.
     pub(crate) fn granule(first: u64, last: u64) -> Option<Run> {
         let mask = last - first;
@@ -265,29 +274,42 @@ impl Slots {
     /// The slot of `key`, else the empty one where it would go. Ends because at most half of the slots have keys.
     #[inline]
     fn find(&self, key: u64) -> Result<Slot<'_>, Slot<'_>> {
-        let mask = self.lines.len() - 1;
-        let mut at = (key.wrapping_mul(self.multiplier) >> self.shift) as usize;
+        let mut at = self.place(key);
         loop {
-            let line = &self.lines[at & mask];
-            // Acquire: the value was stored before the key.
-            let keys: [u64; WAYS] = std::array::from_fn(|way| line.keys[way].load(Acquire));
-            // Bits, and not branches, one of which would be wrong every other time.
-            let which = |wanted| (0..WAYS).fold(0u32, |bits, way| bits | u32::from(keys[way] == wanted) << way);
-            let found = which(key);
-            if found != 0 {
-                return Ok(line.slot(found.trailing_zeros() as usize));
+            let line = self.line(at);
+            if let Some(slot) = line.find(key) {
+                return Ok(slot);
             }
             // A line is filled from its front, and goes on in the next when it is full.
-            let empty = which(EMPTY);
-            if empty != 0 {
-                return Err(line.slot(empty.trailing_zeros() as usize));
+            if let Some(slot) = line.find(EMPTY) {
+                return Err(slot);
             }
             at += 1;
         }
     }
+
+    /// In which line a key belongs, if there is room.
+    #[inline]
+    fn place(&self, key: u64) -> usize {
+        // Less than 64: there are two lines at least.
+        key.wrapping_mul(self.multiplier).wrapping_shr(self.shift) as usize
+    }
+
+    #[inline]
+    fn line(&self, at: usize) -> &Line {
+        &self.lines[at & (self.lines.len() - 1)]
+    }
 }
 
 impl Line {
+    #[inline]
+    fn find(&self, key: u64) -> Option<Slot<'_>> {
+        // Bits, and not branches, one of which would be wrong every other time.
+        // Acquire: the value was stored before the key.
+        let found = (0..WAYS).fold(0u32, |bits, way| bits | u32::from(self.keys[way].load(Acquire) == key) << way);
+        (found != 0).then(|| self.slot(found.trailing_zeros() as usize))
+    }
+
     #[inline]
     fn slot(&self, way: usize) -> Slot<'_> {
         Slot { key: &self.keys[way], value: &self.values[way] }
@@ -326,6 +348,27 @@ impl Table {
         None
     }
 
+    /// The mapping of `addr` if it is a page in a narrow leaf, as nearly all are where there are many, and its cluster's slot in
+    /// the first place where it may be. Else [`Table::lookup`] knows.
+    ///
+    /// What a processor works at ahead of memory is so many instructions: the fewer a lookup has, the more of them wait for
+    /// memory at the same time.
+    ///
+    /// # Safety
+    /// As for [`Table::lookup`].
+    #[inline]
+    pub(crate) unsafe fn page(&self, addr: u64) -> Option<Translation> {
+        // SAFETY: as in `lookup`.
+        let slots = unsafe { &*self.slots.load(Acquire) };
+        let key = key(PAGES, cluster(PAGES, addr));
+        // Acquire, as there.
+        let word = Word(slots.line(slots.place(key)).find(key)?.value.load(Acquire));
+        // SAFETY: from the table, by this function's own contract.
+        let (host, permission) = unsafe { word.narrow() }?.page(index(PAGES, addr), &self.origin)?;
+        let within = granule_mask(PAGES);
+        Some(Translation { first: addr & !within, last: addr | within, host, permission })
+    }
+
     /// # Safety
     /// As for [`Word::meaning`].
     #[inline]
@@ -343,6 +386,11 @@ impl Table {
                 Translation { first, last: first | granule_mask(level), host, permission }
             }),
             Meaning::Span(span) => span.0.contains(addr).then_some(span.0),
+            Meaning::Row { host, permission } => {
+                let first = addr & !granule_mask(level);
+                let host = host + (u64::from(index(level, addr)) << (6 * level));
+                Some(Translation { first, last: first | granule_mask(level), host, permission })
+            }
         }
     }
 
@@ -437,11 +485,21 @@ impl Table {
                     self.remove_span(writer, span, word);
                 }
             }
+            Meaning::Row { host, permission } => {
+                let gone = Run::within(level, cluster, first, last).mask();
+                writer.mappings -= gone.count_ones() as usize;
+                if gone == u64::MAX {
+                    Self::vacate(&self.levels, writer, slot, key);
+                    return;
+                }
+                let left = (0..64).filter(|at| gone >> at & 1 == 0).map(|index| {
+                    let host = host + (u64::from(index) << (6 * level));
+                    (Run { level, cluster, index, count: 1 }, Word::granule(index, host, permission))
+                });
+                slot.value.store(self.leaf(writer, left).that_was_row().0, Release);
+            }
             Meaning::Leaf(leaf) => {
-                let start = cluster << 6 << (6 * level);
-                let from = if first > start { index(level, first) } else { 0 };
-                let to = if last >> (6 * level) >> 6 > cluster { 63 } else { index(level, last) };
-                let wanted = Run { level, cluster, index: from, count: to - from + 1 }.mask();
+                let wanted = Run::within(level, cluster, first, last).mask();
                 loop {
                     let left = leaf.used() & wanted;
                     if left == 0 {
@@ -517,8 +575,19 @@ impl Table {
             }
             Meaning::Leaf(leaf) => {
                 if !leaf.fill(run, word, &self.origin) {
-                    self.widen(writer, slot, there, run, word);
+                    let others = (0..64).filter(|at| leaf.used() >> at & 1 == 1);
+                    let others = others.map(|at| (Run { index: at, count: 1, ..run }, leaf.word(at, &self.origin)));
+                    // The one that does not fit comes first, so that no narrow leaf is filled in vain.
+                    let wide = self.leaf(writer, iter::once((run, word)).chain(others));
+                    slot.value.store(if there.was_row() { wide.that_was_row() } else { wide }.0, Release);
+                } else if !there.was_row()
+                    && let Some(row) = leaf.row(run.level, &self.origin)
+                {
+                    slot.value.store(row.0, Release);
+                } else {
+                    return;
                 }
+                writer.retire_leaf(there);
             }
             Meaning::Granule { index, .. } => {
                 self.share(writer, slot, Run { index, count: 1, ..run }, there, run, word);
@@ -527,39 +596,27 @@ impl Table {
                 let old = runs(span.0.first, span.0.last).find(|old| old.key() == run.key());
                 self.share(writer, slot, old.expect("a span is where its runs are"), there, run, word);
             }
+            Meaning::Row { .. } => unreachable!("a row has no room"),
         }
     }
 
     /// Turns a cluster's single word into a leaf, with a second mapping beside the first.
     fn share(&self, writer: &mut Writer, slot: Slot<'_>, old_run: Run, old: Word, run: Run, word: Word) {
         self.origin.choose(run.level, old);
-        let narrow = NarrowLeaf::new();
-        let fits = |run, word| Leaf::Narrow(&narrow).fill(run, word, &self.origin);
-        if fits(old_run, old) && fits(run, word) {
-            writer.narrow += 1;
-            slot.value.store(Word::pointer(NARROW, Box::into_raw(narrow)).0, Release);
-        } else {
-            let wide = WideLeaf::new();
-            wide.fill(old_run, old);
-            wide.fill(run, word);
-            writer.wide += 1;
-            slot.value.store(Word::pointer(LEAF, Box::into_raw(wide)).0, Release);
-        }
+        slot.value.store(self.leaf(writer, [(old_run, old), (run, word)].into_iter()).0, Release);
     }
 
-    /// Puts a wide leaf into the place of a narrow one, for a mapping besides that does not fit there.
-    fn widen(&self, writer: &mut Writer, slot: Slot<'_>, narrow: Word, run: Run, word: Word) {
-        let wide = WideLeaf::new();
-        // SAFETY: from the table, and the writer is at hand.
-        if let Meaning::Leaf(leaf) = unsafe { narrow.meaning() } {
-            for at in (0..64).filter(|at| leaf.used() >> at & 1 == 1) {
-                wide.fill(Run { index: at, count: 1, ..run }, leaf.word(at, &self.origin));
-            }
+    /// A leaf of these words, narrow if they fit.
+    fn leaf(&self, writer: &mut Writer, words: impl Iterator<Item = (Run, Word)> + Clone) -> Word {
+        let narrow = NarrowLeaf::new();
+        if words.clone().all(|(run, word)| Leaf::Narrow(&narrow).fill(run, word, &self.origin)) {
+            writer.narrow += 1;
+            return Word::pointer(NARROW, Box::into_raw(narrow));
         }
-        wide.fill(run, word);
+        let wide = WideLeaf::new();
+        words.for_each(|(run, word)| wide.fill(run, word));
         writer.wide += 1;
-        slot.value.store(Word::pointer(LEAF, Box::into_raw(wide)).0, Release);
-        writer.retire_leaf(narrow);
+        Word::pointer(LEAF, Box::into_raw(wide))
     }
 
     /// The slot of a run's cluster, which gets one if it has none.

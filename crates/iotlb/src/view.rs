@@ -187,18 +187,34 @@ impl View {
     #[inline(never)]
     fn look_up(&self, addr: u64) -> Option<Remembered> {
         // SAFETY: in a visit, as `find`, which alone calls this.
-        let Translation { first, last, host, permission } = unsafe { self.iotlb.table().lookup(addr) }?;
+        match unsafe { self.iotlb.table().page(addr) } {
+            Some(page) => Some(self.remember(addr, page)),
+            None => self.look_further(addr),
+        }
+    }
+
+    #[inline(never)]
+    fn look_further(&self, addr: u64) -> Option<Remembered> {
+        // SAFETY: in a visit, as in `look_up`.
+        let found = unsafe { self.iotlb.table().lookup(addr) }?;
+        let remembered = self.remember(addr, found);
+        if found.last - found.first >= PAGE {
+            self.latest.set(remembered);
+        }
+        Some(remembered)
+    }
+
+    #[inline]
+    fn remember(&self, addr: u64, found: Translation) -> Remembered {
+        let Translation { first, last, host, permission } = found;
         let rights = match permission {
             Permission::ReadOnly => READ,
             Permission::WriteOnly => WRITE,
             Permission::ReadWrite => READ | WRITE,
         };
-        let found = Remembered { first, last, host, stamp: self.generation.get() << 2 | rights };
-        self.remembered[(addr / PAGE) as usize % REMEMBERED].set(found);
-        if last - first >= PAGE {
-            self.latest.set(found);
-        }
-        Some(found)
+        let remembered = Remembered { first, last, host, stamp: self.generation.get() << 2 | rights };
+        self.remembered[(addr / PAGE) as usize % REMEMBERED].set(remembered);
+        remembered
     }
 
     /// Asks for what is not there; `part` of something for which [`View::wait_for`] says what is waited for.

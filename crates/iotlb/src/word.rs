@@ -3,7 +3,8 @@
 //! A cluster that holds several mappings has a leaf. Nearly always they are pages of 4 KiB, and their memory lies within
 //! 4 TiB: then the leaf is *narrow*, and has a half word a page, which tells where that is from the table's [`Origin`].
 //! It takes half the memory of a *wide* one, so that of twice as many pages the translations are in the processor's
-//! caches. What does not fit turns the leaf into a wide one.
+//! caches. What does not fit turns the leaf into a wide one. A cluster that is full, and lies in memory as it lies in bus
+//! addresses, is a *row*, and needs no leaf: its word says it all.
 
 use crate::sync::{AtomicU32, AtomicU64};
 use crate::table::{Run, Translation};
@@ -22,12 +23,25 @@ pub(crate) struct Span(pub(crate) Translation);
 /// | 0 | 2 | address of a [`WideLeaf`], in a cluster's word only |
 /// | 0 | 3 | 0: nothing, in a cluster that is in the index still |
 /// | 0 | 4 | address of a [`NarrowLeaf`], in a cluster's word only |
+/// | 0 | 5 | a row's host address, with what is allowed in bits 1 and 0, in a cluster's word only |
+///
+/// Bit 0 of a leaf's address: it was a row. It does not become one again: where one page comes and goes all the time, making
+/// a leaf each time would be most of what that costs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Word(pub(crate) u64);
 
 pub(crate) enum Meaning<'t> {
     Nothing,
-    Granule { index: u32, host: u64, permission: Permission },
+    Granule {
+        index: u32,
+        host: u64,
+        permission: Permission,
+    },
+    /// Each granule is a mapping of its own, and the first lies at `host`.
+    Row {
+        host: u64,
+        permission: Permission,
+    },
     Span(&'t Span),
     Leaf(Leaf<'t>),
 }
@@ -37,6 +51,8 @@ pub(crate) const SPAN: u64 = 1;
 pub(crate) const LEAF: u64 = 2;
 const VACANT: u64 = 3;
 pub(crate) const NARROW: u64 = 4;
+const ROW: u64 = 5;
+const WAS_ROW: u64 = 1;
 
 impl Word {
     pub(crate) const NOTHING: Word = Word(0);
@@ -53,6 +69,15 @@ impl Word {
         Word(rights << 62 | u64::from(index) << 56 | host)
     }
 
+    /// What a granule's word allows, or the two bits of a row's.
+    #[inline]
+    fn permission(rights: u64) -> Option<Permission> {
+        // And no branches: what is allowed comes from memory, and may be anything.
+        const MEANING: [Option<Permission>; 4] =
+            [None, Some(Permission::ReadOnly), Some(Permission::WriteOnly), Some(Permission::ReadWrite)];
+        MEANING[rights as usize & 3]
+    }
+
     pub(crate) fn pointer<T>(kind: u64, to: *mut T) -> Word {
         let address = to.expose_provenance() as u64;
         assert!(address <= ADDRESS, "an allocation at {address:#x}, beyond 2^56");
@@ -67,25 +92,45 @@ impl Word {
     /// The word was read from the table, by the writer or in the visit that goes on for all of `'t`.
     #[inline]
     pub(crate) unsafe fn meaning<'t>(self) -> Meaning<'t> {
-        let index = (self.0 >> 56) as u32 & 63;
-        let permission = match self.0 >> 62 {
-            1 => Permission::ReadOnly,
-            2 => Permission::WriteOnly,
-            3 => Permission::ReadWrite,
+        if let Some(permission) = Word::permission(self.0 >> 62) {
+            return Meaning::Granule { index: (self.0 >> 56) as u32 & 63, host: self.address(), permission };
+        }
+        match self.0 >> 56 {
             // SAFETY: made by `Word::pointer` from a box that is freed only after the visits that could see it.
-            _ if self.0 >> 56 == NARROW => return Meaning::Leaf(Leaf::Narrow(unsafe { &*self.to() })),
+            NARROW => Meaning::Leaf(Leaf::Narrow(unsafe { &*self.to() })),
             // SAFETY: as above.
-            _ if self.0 >> 56 == LEAF => return Meaning::Leaf(Leaf::Wide(unsafe { &*self.to() })),
+            LEAF => Meaning::Leaf(Leaf::Wide(unsafe { &*self.to() })),
             // SAFETY: as above.
-            _ if self.0 >> 56 == SPAN => return Meaning::Span(unsafe { &*self.to() }),
-            _ => return Meaning::Nothing,
-        };
-        Meaning::Granule { index, host: self.address(), permission }
+            SPAN => Meaning::Span(unsafe { &*self.to() }),
+            ROW => Word::permission(self.0 & 3)
+                .map_or(Meaning::Nothing, |permission| Meaning::Row { host: self.address() & !3, permission }),
+            _ => Meaning::Nothing,
+        }
+    }
+
+    /// The leaf that this points to, if that is a narrow one.
+    ///
+    /// # Safety
+    /// As for [`Word::meaning`].
+    #[inline]
+    pub(crate) unsafe fn narrow<'t>(self) -> Option<&'t NarrowLeaf> {
+        // SAFETY: made by `Word::pointer` from a box that is freed only after the visits that could see it.
+        (self.0 >> 56 == NARROW).then(|| unsafe { &*self.to() })
     }
 
     /// What a word of a pointer's kind points to.
+    #[inline]
     pub(crate) fn to<T>(self) -> *mut T {
-        std::ptr::with_exposed_provenance_mut(self.address() as usize)
+        std::ptr::with_exposed_provenance_mut((self.address() & !WAS_ROW) as usize)
+    }
+
+    /// A leaf's word, as that of one that was a row.
+    pub(crate) fn that_was_row(self) -> Word {
+        Word(self.0 | WAS_ROW)
+    }
+
+    pub(crate) fn was_row(self) -> bool {
+        self.0 & WAS_ROW != 0
     }
 
     pub(crate) fn is_narrow(self) -> bool {
@@ -118,7 +163,7 @@ pub(crate) struct NarrowLeaf {
 pub(crate) struct Origin(AtomicU64);
 
 /// The level of pages of 4 KiB, and how many bits an address has within one.
-const PAGES: u32 = 2;
+pub(crate) const PAGES: u32 = 2;
 const PAGE_BITS: u32 = 12;
 /// How many pages from the origin a half word can say.
 const WITHIN: u64 = 1 << 30;
@@ -165,6 +210,21 @@ impl Leaf<'_> {
         true
     }
 
+    /// The word of a row, if that is what this is by now: all granules there, allowing the same, and in memory one behind the
+    /// other.
+    pub(crate) fn row(self, level: u32, origin: &Origin) -> Option<Word> {
+        if self.used() != u64::MAX || level < PAGES {
+            return None;
+        }
+        let first = self.word(0, origin);
+        let (rights, host) = (first.0 >> 62, first.address());
+        let distance = |at| u64::from(at) << (6 * level);
+        let is_possible = rights != 0 && host.is_multiple_of(1 << PAGE_BITS) && host + distance(63) <= ADDRESS;
+        // The word of a granule has its index, too.
+        let follows = |at| self.word(at, origin).0 == first.0 + (u64::from(at) << 56) + distance(at);
+        (is_possible && (1..64).all(follows)).then_some(Word(ROW << 56 | host | rights))
+    }
+
     /// Empties a run.
     pub(crate) fn clear(self, run: Run) {
         let used = self.used() & !run.mask();
@@ -196,6 +256,15 @@ impl WideLeaf {
 }
 
 impl NarrowLeaf {
+    /// Where a page's memory is, and what is allowed there.
+    #[inline]
+    pub(crate) fn page(&self, at: u32, origin: &Origin) -> Option<(u64, Permission)> {
+        let half = u64::from(self.halves[at as usize].load(Acquire));
+        // Within 2^57: see `Origin::half`.
+        let host = origin.address().wrapping_add((half & (WITHIN - 1)) << PAGE_BITS);
+        Some((host, Word::permission(half >> 30)?))
+    }
+
     pub(crate) fn new() -> Box<NarrowLeaf> {
         Box::new(NarrowLeaf { halves: std::array::from_fn(|_| AtomicU32::new(0)), used: AtomicU64::new(0) })
     }
@@ -273,6 +342,42 @@ mod tests {
             assert!(leaf.word(0, &origin) == Word::NOTHING && leaf.used() & 1 == 0);
             let whole = Run::granule(0, (1 << 18) - 1).unwrap();
             assert!(!leaf.fill(whole, word, &origin), "no page");
+        }
+    }
+
+    #[test]
+    fn a_full_leaf_is_a_row_where_its_memory_is() {
+        let origin = Origin::new();
+        origin.choose(PAGES, page(0, 0x7000_0000_0000).1);
+        let (narrow, wide) = (NarrowLeaf::new(), WideLeaf::new());
+        for leaf in [Leaf::Narrow(&narrow), Leaf::Wide(&wide)] {
+            for at in 0..64 {
+                assert!(leaf.row(PAGES, &origin).is_none(), "{at} pages are no row");
+                let (run, word) = page(at, 0x7000_0000_0000 + (u64::from(at) << PAGE_BITS));
+                assert!(leaf.fill(run, word, &origin));
+            }
+            let row = leaf.row(PAGES, &origin).unwrap();
+            // SAFETY: no word that points to anything.
+            let Meaning::Row { host, permission } = (unsafe { row.meaning() }) else { panic!("{:#x}", row.0) };
+            assert_eq!((host, permission), (0x7000_0000_0000, Permission::ReadOnly));
+            for at in [0, 1, 63] {
+                let there = leaf.word(at, &origin);
+                let (run, elsewhere) = page(at, 0x7000_0010_0000);
+                assert!(leaf.fill(run, elsewhere, &origin));
+                assert!(leaf.row(PAGES, &origin).is_none(), "page {at} is elsewhere");
+                assert!(leaf.fill(run, Word(there.0 ^ 3 << 62), &origin));
+                assert!(leaf.row(PAGES, &origin).is_none(), "page {at} allows something else");
+                assert!(leaf.fill(run, there, &origin));
+                assert!(leaf.row(PAGES, &origin).is_some());
+            }
+        }
+        let top = ADDRESS + 1 - (64 << PAGE_BITS);
+        for (start, is_row) in [(0x5000_0000_0001, false), (0x5000_0000_0000, true), (top, true)] {
+            for at in 0..64 {
+                let (run, word) = page(at, start + (u64::from(at) << PAGE_BITS));
+                wide.fill(run, word);
+            }
+            assert_eq!(Leaf::Wide(&wide).row(PAGES, &origin).is_some(), is_row, "{start:#x}");
         }
     }
 }

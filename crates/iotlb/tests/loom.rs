@@ -96,12 +96,16 @@ enum Interruptions {
 use Interruptions::{Any, AtMost};
 
 fn check(interruptions: Interruptions, model: impl Fn() + Send + Sync + 'static) {
+    bounded(interruptions).check(model);
+}
+
+fn bounded(interruptions: Interruptions) -> loom::model::Builder {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = match interruptions {
         Any => None,
         AtMost(times) => Some(times),
     };
-    builder.check(model);
+    builder
 }
 
 #[test]
@@ -276,6 +280,34 @@ fn a_leaf_that_another_takes_the_place_of_hides_no_mapping_and_no_removal() {
 }
 
 #[test]
+fn a_row_that_comes_and_goes_hides_no_mapping_and_no_removal() {
+    let mut builder = bounded(AtMost(2));
+    // The cluster is filled in each of them.
+    builder.max_branches = 20_000;
+    builder.check(|| {
+        let (world, iotlb) = (World::new(), Iotlb::new(Unmapped::Ask(Arc::new(Nobody)), Options::default()));
+        let page = |at: u64| BusAddr(0x4_0000 + (at << 12));
+        // All of a row's memory is the first cell's.
+        let target = |at: u64| World::target(0).map_addr(|addr| addr.saturating_add((at as usize) << 12));
+        (0..63).for_each(|at| map_at(&iotlb, page(at), target(at)));
+        let mut view = iotlb.view(Arc::new(Nobody));
+        let queue = thread::spawn({
+            let world = LoomArc::clone(&world);
+            move || {
+                let visit = view.visit();
+                assert!(visit.resolve(page(5), 8, Access::Read, None).is_ok(), "what was never taken away");
+                drop(visit);
+                touch(&world, &mut view, page(7));
+            }
+        });
+        map_at(&iotlb, page(63), target(63));
+        iotlb.invalidate(page(7), page(7).last(4096).unwrap()).wait();
+        world.give_away(0);
+        queue.join().unwrap();
+    });
+}
+
+#[test]
 fn an_evicted_mapping_is_fenced_like_any_other() {
     check(AtMost(3), || {
         let (world, iotlb) = (
@@ -322,7 +354,7 @@ fn a_translation_that_was_used_up_is_fenced_like_any_other() {
         let queues = [iotlb.view(Arc::new(Nobody)), iotlb.view(Arc::new(Nobody))].map(queue);
         iotlb.invalidate(PAGE, LAST).wait();
         world.give_away(0);
-        queues.map(|queue| queue.join().unwrap());
+        queues.into_iter().for_each(|queue| queue.join().unwrap());
     });
 }
 

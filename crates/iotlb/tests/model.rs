@@ -156,6 +156,109 @@ proptest! {
     }
 }
 
+/// Pages from 0 on, of which `count` change.
+#[derive(Clone, Copy, Debug)]
+enum Change {
+    /// A mapping each, all the same way from their bus addresses: whole clusters of them are rows.
+    Each {
+        first: usize,
+        count: usize,
+        distance: usize,
+        permission: Permission,
+    },
+    /// One mapping.
+    Whole {
+        first: usize,
+        count: usize,
+        distance: usize,
+        permission: Permission,
+    },
+    Invalidate {
+        first: usize,
+        count: usize,
+    },
+}
+
+const PAGES: usize = 200;
+
+fn change() -> impl Strategy<Value = Change> {
+    let pages = || {
+        (0..PAGES, prop_oneof![2 => Just(1), 1 => 1..PAGES, 1 => Just(64), 1 => Just(128)])
+            .prop_map(|(first, count)| (first, count.min(PAGES - first)))
+    };
+    // Two that a row may lie at, one that lies across pages, and one of which a row is too high.
+    let distance = || {
+        prop_oneof![
+            4 => Just(0x7000_0000_0000),
+            1 => Just(0x7000_0000_1000),
+            1 => Just(0x7000_0000_0800),
+            1 => Just((1 << 56) - 0x40000)
+        ]
+    };
+    let permission = || prop_oneof![1 => Just(Permission::ReadOnly), 4 => Just(Permission::ReadWrite)];
+    prop_oneof![
+        6 => (pages(), distance(), permission()).prop_map(|((first, count), distance, permission)| Change::Each {
+            first, count, distance, permission
+        }),
+        1 => (pages(), distance(), permission()).prop_map(|((first, count), distance, permission)| Change::Whole {
+            first, count, distance, permission
+        }),
+        3 => pages().prop_map(|(first, count)| Change::Invalidate { first, count }),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn pages_in_rows_are_found_and_taken_away_one_by_one(changes in prop::collection::vec(change(), 1..30)) {
+        let iotlb = Iotlb::new(Unmapped::Ask(Arc::new(Nobody)), Options::default());
+        let mut view = iotlb.view(Arc::new(Nobody));
+        // Of each page the number of its mapping, where that mapping lies, and what it allows.
+        let mut model = [None::<(usize, usize, Permission)>; PAGES];
+        let mut mappings = 0;
+        for change in changes {
+            let mut map = |first: usize, count: usize, distance: usize, permission| {
+                mappings += 1;
+                let pages = first..first + count;
+                let gone: Vec<_> = pages.clone().filter_map(|page| model[page]).map(|(number, ..)| number).collect();
+                for page in &mut model {
+                    *page = page.filter(|(number, ..)| !gone.contains(number));
+                }
+                let (first, last) = ((pages.start << 12) as u64, (pages.end << 12) as u64 - 1);
+                if distance == 0 {
+                    iotlb.invalidate(BusAddr(first), BusAddr(last)).wait();
+                    return;
+                }
+                model[pages].fill(Some((mappings, distance, permission)));
+                let target = NonNull::new(std::ptr::without_provenance_mut(distance + first as usize)).unwrap();
+                // SAFETY: no memory at all, and what is resolved is only looked at.
+                unsafe { iotlb.update(BusAddr(first), BusAddr(last), target, permission) }.unwrap().wait();
+            };
+            match change {
+                Change::Each { first, count, distance, permission } => {
+                    (first..first + count).for_each(|page| map(page, 1, distance, permission));
+                }
+                Change::Whole { first, count, distance, permission } => map(first, count, distance, permission),
+                Change::Invalidate { first, count } => map(first, count, 0, Permission::ReadOnly),
+            }
+            let visit = view.visit();
+            for (page, there) in model.iter().enumerate() {
+                let addr = (page << 12) + 5;
+                for access in [Access::Read, Access::Write] {
+                    let found = visit.resolve(BusAddr(addr as u64), 1, access, None).ok().map(|slice| slice.as_ptr().addr());
+                    let expected = there.filter(|(.., permission)| permission.allows(access));
+                    prop_assert_eq!(found, expected.map(|(_, distance, _)| distance + addr), "page {}", page);
+                }
+            }
+            let numbers: std::collections::BTreeSet<_> = model.iter().flatten().map(|(number, ..)| number).collect();
+            prop_assert_eq!(iotlb.statistics().mappings, numbers.len() as u64);
+        }
+        iotlb.clear().wait();
+        prop_assert_eq!((iotlb.statistics().mappings, iotlb.statistics().bytes), (0, 0));
+    }
+}
+
 /// Enough of them to rebuild the table, to fill leaves and to go around more than once; of memory that lies page by page, and
 /// that does not.
 #[test]

@@ -10,7 +10,7 @@ mod msix;
 mod queue;
 
 use crate::event::Event;
-use crate::memory::Memory;
+use crate::memory::{LOST_PATIENCE, Memory};
 use crate::session::Options;
 use crate::wire::Subregion;
 use common::{Common, Effect};
@@ -20,6 +20,7 @@ pub(crate) use msix::Msix;
 use msix::Route;
 use queue::{Queue, Start};
 use ringfence_device::Device;
+use ringfence_device::worker::VISIT;
 use ringfence_driver::pci::common::NO_VECTOR;
 use ringfence_policy::{Addressing, Refusal};
 use ringfence_vhost_user::Limit;
@@ -504,12 +505,15 @@ impl Function {
 
 /// Stops one queue, whatever it is stuck in.
 fn stop(queue: &mut Queue, around: &Around<'_>) {
-    if queue.stop(around.hurry).is_err() {
-        around.memory.take_away();
-        if queue.stop(around.hurry).is_err() {
+    let visit = |gone| if gone { LOST_PATIENCE } else { VISIT };
+    let mut gone = around.memory.is_gone();
+    while queue.stop(around.hurry, visit(gone)).is_err() {
+        if gone {
             around.memory.leave_behind();
             queue.leave();
+            break;
         }
+        gone = around.memory.take_away();
     }
 }
 

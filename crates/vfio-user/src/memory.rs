@@ -6,6 +6,7 @@ use ringfence_dma::{Access, BusAddr, Permission};
 use ringfence_hostmem::{Files, MapError, Part};
 use ringfence_iotlb::{self as iotlb, Fence, Iotlb};
 use rustix::io::Errno;
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
@@ -20,7 +21,7 @@ pub const MAX_MAPS: usize = 65535;
 const FENCE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// How long those are waited for that memory has been taken away from.
-const LOST_PATIENCE: Duration = Duration::from_secs(1);
+pub(crate) const LOST_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What the function may reach. Each grant that has a file is a translation; the others are in a table of their own.
 pub(crate) struct Memory {
@@ -30,6 +31,8 @@ pub(crate) struct Memory {
     /// By first address; disjoint.
     grants: BTreeMap<u64, Grant>,
     files: Files,
+    /// All of it was taken away from the device, because it did not answer.
+    gone: Cell<bool>,
     link: Arc<Link>,
 }
 
@@ -144,6 +147,7 @@ impl Memory {
             iotlb: Iotlb::new(iotlb::Unmapped::Fault, options),
             remote: Arc::default(),
             grants: BTreeMap::new(),
+            gone: Cell::new(false),
             files: Files::default(),
             link,
         }
@@ -235,11 +239,15 @@ impl Memory {
 
     /// Waits until no byte moves any more on the strength of what was taken away.
     fn wait(&self, mut fence: Fence, hurry: BorrowedFd<'_>) {
-        let since = Instant::now();
+        let (mut since, mut hurries) = (Instant::now(), false);
         while let Err(stuck) = fence.wait_for(Duration::from_millis(50)) {
-            if since.elapsed() >= FENCE_PATIENCE || crate::server::is_readable(hurry) {
+            let may_hurry = !std::mem::replace(&mut hurries, crate::server::is_readable(hurry)) && hurries;
+            if !self.is_gone() && (since.elapsed() >= FENCE_PATIENCE || may_hurry) {
                 tracing::error!("the client waits for its own memory: {stuck}");
                 self.take_away();
+                since = Instant::now();
+            }
+            if self.is_gone() {
                 if fence.wait_for(LOST_PATIENCE).is_err() {
                     self.leave_behind();
                 }
@@ -249,14 +257,21 @@ impl Memory {
     }
 
     /// A thread of ours is stuck in memory of the client's that does not answer. Then nobody has it any more, and the next
-    /// message finds it lost, which ends the connection.
-    pub(crate) fn take_away(&self) {
+    /// message finds it lost, which ends the connection. `false`: the kernel does not let us, and there is nothing but to wait,
+    /// for nobody may be told what is not true.
+    pub(crate) fn take_away(&self) -> bool {
         tracing::error!("granted memory does not answer, so it is taken away from the device, and the connection ends");
-        for part in self.grants.values().filter_map(|grant| grant.part.as_ref()) {
-            if !part.is_lost() && !part.take_away() {
-                tracing::error!("the kernel does not let it be taken away");
-            }
+        let gone = self.files.take_away();
+        if !gone {
+            tracing::error!("the kernel does not let it be taken away");
         }
+        self.gone.set(gone);
+        gone
+    }
+
+    /// Whether all of it was taken away because it did not answer.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.gone.get()
     }
 
     /// Not even that freed whoever is stuck. It is never unmapped, so that nothing else can be mapped there.

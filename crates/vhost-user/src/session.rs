@@ -10,12 +10,14 @@ use crate::wire::{
     VringAddr, VringFd,
 };
 use ringfence_device::Device;
+use ringfence_device::worker::VISIT;
 use ringfence_dma::{BusAddr, FrontendVa, HostSlice, Permission};
 use ringfence_hostmem::{MAX_REGIONS, MapError, Placement, Regions};
 use ringfence_iotlb::{self as iotlb, Fence, Iotlb, Refused, Replies, Unmapped};
 use ringfence_policy::{Addressing, IommuMode, Refusal};
 use ringfence_ring::{Format, Indirect, Notifications, Rules};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
@@ -106,6 +108,8 @@ pub struct Session {
     /// A queue had to stop without its storage, and none has started since: a front-end that stops one queue after the
     /// other waits for that once.
     storage_hangs: bool,
+    /// All of guest memory was taken away from the device, because it did not answer.
+    memory_gone: Cell<bool>,
     /// Accesses that were not let through.
     faults: Arc<AtomicU64>,
     /// What was counted by translation caches that are gone, and by this session itself.
@@ -275,6 +279,7 @@ impl Session {
             status: 0,
             hurry: None,
             storage_hangs: false,
+            memory_gone: Cell::new(false),
             faults: Arc::default(),
             past: Counted::default(),
         }
@@ -517,28 +522,35 @@ impl Session {
 
     /// Stops a queue where it is. When this returns it touches no memory any more.
     fn pause(&mut self, index: usize) {
-        if self.storage_hangs {
+        if self.storage_hangs || self.memory_gone.get() {
             self.vrings[index].expect_nothing();
         }
         let began = Instant::now();
         let hurry = self.hurry.as_ref().map(AsFd::as_fd);
-        if self.vrings[index].pause(hurry).is_err() {
-            self.take_memory_away();
-            if self.vrings[index].pause(hurry).is_err() {
+        let visit = |gone| if gone { LOST_PATIENCE } else { VISIT };
+        let mut gone = self.memory_gone.get();
+        while self.vrings[index].pause(hurry, visit(gone)).is_err() {
+            if gone {
                 self.leave_memory_behind();
                 self.vrings[index].leave();
+                break;
             }
+            gone = self.take_memory_away();
         }
         self.storage_hangs |= began.elapsed() >= self.options.io_timeout;
     }
 
     /// Waits until no byte moves any more on the strength of what was taken away.
     fn wait(&self, mut fence: Fence) {
-        let since = Instant::now();
+        let (mut since, mut hurries) = (Instant::now(), false);
         while let Err(stuck) = fence.wait_for(FENCE_STEP) {
-            if since.elapsed() >= FENCE_PATIENCE || self.is_in_a_hurry() {
+            let may_hurry = !std::mem::replace(&mut hurries, self.is_in_a_hurry()) && hurries;
+            if !self.memory_gone.get() && (since.elapsed() >= FENCE_PATIENCE || may_hurry) {
                 tracing::error!("the front-end waits for its own memory: {stuck}");
                 self.take_memory_away();
+                since = Instant::now();
+            }
+            if self.memory_gone.get() {
                 if fence.wait_for(LOST_PATIENCE).is_err() {
                     self.leave_memory_behind();
                 }
@@ -555,14 +567,19 @@ impl Session {
 
     /// A thread of ours is stuck in guest memory: touching it takes as long as whoever is behind it takes. Then nobody
     /// has it any more: see [`Region::take_away`](ringfence_hostmem::Region::take_away). What was acknowledged is true,
-    /// and the next message finds the memory lost, which ends the connection.
-    fn take_memory_away(&self) {
+    /// and the next message finds the memory lost, which ends the connection. `false`: the kernel does not let us, and there
+    /// is nothing but to wait, for nobody may be told what is not true.
+    fn take_memory_away(&self) -> bool {
         tracing::error!("guest memory does not answer, so it is taken away from the device, and the connection ends");
+        let mut gone = true;
         for region in self.regions.iter() {
             if !region.take_away() {
+                gone = false;
                 tracing::error!(gpa = %region.gpa(), "the kernel does not let it be taken away");
             }
         }
+        self.memory_gone.set(gone);
+        gone
     }
 
     /// Not even that freed whoever is stuck. It is never unmapped, so that nothing else can be mapped there.

@@ -200,9 +200,9 @@ impl Vring {
     ///
     /// # Errors
     /// [`Stuck`]: it is stuck in the memory itself. May be called again.
-    pub(crate) fn pause(&mut self, hurry: Option<BorrowedFd<'_>>) -> Result<(), Stuck> {
+    pub(crate) fn pause(&mut self, hurry: Option<BorrowedFd<'_>>, visit: Duration) -> Result<(), Stuck> {
         let Some(worker) = &mut self.worker else { return Ok(()) };
-        let stopped = worker.stop(hurry)?;
+        let stopped = worker.stop(hurry, visit)?;
         self.worker = None;
         match stopped {
             Some(stopped) => {

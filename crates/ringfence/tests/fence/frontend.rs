@@ -7,7 +7,7 @@ use ringfence_ring::{Format, Notifications, Position};
 use ringfence_vhost_user::client::{self, Translation, Translator, Vring, range};
 use rustix::event::{EventfdFlags, eventfd};
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex};
@@ -34,6 +34,9 @@ const STATUS: usize = 5;
 const USED_AT: usize = PAGE - 4;
 const DATA: usize = 8;
 const ADDRESSES: usize = DATA + 256;
+
+/// Where what is lent is.
+const LENT: BusAddr = BusAddr(BASE - PAGE as u64);
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -412,6 +415,33 @@ impl Frontend {
             assert!(self.submit(state, Some(true)), "room for {count} requests");
         }
         self.ring(state, Tell::IfWanted);
+    }
+
+    /// Lends the device a file as memory of the guest, behind the address of [`LENT`].
+    pub(crate) fn lend(&self, file: BorrowedFd<'_>) {
+        let placement = |gpa, va, size| Placement { gpa: Gpa(gpa), frontend_va: FrontendVa(va), size, offset: 0 };
+        let size = (MEMORY * PAGE) as u64;
+        // An address of nothing here: what hangs would hang us too.
+        let lent = FrontendVa(0x10_0000);
+        let own = (placement(0, self.map.va, size), self.memory.as_fd());
+        self.client.set_memory(&[own, (placement(1 << 40, lent.0, PAGE as u64), file)]).unwrap();
+        let translation = Translation { iova: LENT, size: PAGE as u64, uaddr: lent, perm: Permission::ReadWrite };
+        self.client.update(translation).unwrap();
+    }
+
+    /// A read whose data goes to what was lent.
+    pub(crate) fn read_into_lent(&self) {
+        let state = &mut self.state.lock().unwrap();
+        self.at(HEADERS).write(0, &[0; 16]);
+        let bus = |address: usize| BASE + (address * PAGE) as u64;
+        self.add_split(state, 0, &[(bus(HEADERS), 16, 0), (LENT.0, PAGE as u32, 2), (bus(STATUS), 1, 2)]);
+        state.requests[0] = Some(Request { len: 3, sector: 0, reads: true, data: Vec::new() });
+        self.ring(state, Tell::IfWanted);
+    }
+
+    /// `false`: the connection ended without an answer.
+    pub(crate) fn take_lent_away(&self) -> bool {
+        self.client.invalidate(range(LENT, PAGE as u64).unwrap()).is_ok()
     }
 
     /// Takes what the device has used.

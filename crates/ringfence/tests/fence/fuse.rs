@@ -8,13 +8,14 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 pub(crate) struct SlowFile {
     folder: tempfile::TempDir,
     hangs: Arc<AtomicBool>,
+    waiting: Arc<AtomicUsize>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -37,15 +38,15 @@ impl SlowFile {
             eprintln!("SKIPPED: no file that is slow, because file systems can't be mounted: {error}");
             return None;
         }
-        let hangs = Arc::new(AtomicBool::new(false));
+        let (hangs, waiting) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         // As many as can be asked for at once, so that a delay is one.
         let threads = (0..32)
             .map(|_| {
-                let (device, hangs) = (device.try_clone().unwrap(), Arc::clone(&hangs));
-                std::thread::spawn(move || answer(&device, delay, direct, &hangs))
+                let (device, hangs, waiting) = (device.try_clone().unwrap(), Arc::clone(&hangs), Arc::clone(&waiting));
+                std::thread::spawn(move || answer(&device, delay, direct, &hangs, &waiting))
             })
             .collect();
-        Some(Self { folder, hangs, threads })
+        Some(Self { folder, hangs, waiting, threads })
     }
 
     pub(crate) fn path(&self) -> PathBuf {
@@ -54,6 +55,11 @@ impl SlowFile {
 
     pub(crate) fn hang(&self) {
         self.hangs.store(true, Ordering::SeqCst);
+    }
+
+    /// How many reads and writes hang.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::SeqCst)
     }
 
     pub(crate) fn recover(&self) {
@@ -93,6 +99,7 @@ const GETATTR: u32 = 3;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
 const WRITE: u32 = 16;
+const STATFS: u32 = 17;
 const RELEASE: u32 = 18;
 const FSYNC: u32 = 20;
 const FLUSH: u32 = 25;
@@ -102,7 +109,7 @@ const BATCH_FORGET: u32 = 42;
 const FOPEN_DIRECT_IO: u32 = 1;
 const HEADER: usize = 40;
 
-fn answer(mut device: &File, delay: Duration, direct: bool, hangs: &AtomicBool) {
+fn answer(mut device: &File, delay: Duration, direct: bool, hangs: &AtomicBool, waiting: &AtomicUsize) {
     let mut message = vec![0; (1 << 20) + 4096];
     loop {
         let len = match device.read(&mut message) {
@@ -116,9 +123,11 @@ fn answer(mut device: &File, delay: Duration, direct: bool, hangs: &AtomicBool) 
         let (opcode, unique, node) = (u32_at(4), u64_at(8), u64_at(16));
         if let READ | WRITE = opcode {
             std::thread::sleep(delay);
+            waiting.fetch_add(1, Ordering::SeqCst);
             while hangs.load(Ordering::SeqCst) {
                 std::thread::sleep(Duration::from_millis(1));
             }
+            waiting.fetch_sub(1, Ordering::SeqCst);
         }
         let body: Result<Vec<u8>, i32> = match opcode {
             FORGET | BATCH_FORGET | INTERRUPT => continue,
@@ -153,6 +162,7 @@ fn answer(mut device: &File, delay: Duration, direct: bool, hangs: &AtomicBool) 
                 answer.extend([0; 4]);
                 Ok(answer)
             }
+            STATFS => Ok(vec![0; 80]),
             RELEASE | FSYNC | FLUSH => Ok(Vec::new()),
             _ => Err(libc::ENOSYS),
         };

@@ -24,6 +24,7 @@ use slow::Slow;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -94,6 +95,19 @@ impl Outside {
             std::thread::sleep(Duration::from_millis(5));
         }
         Self { socket, child, _folder: folder }
+    }
+
+    /// Until so many of its threads serve queues.
+    fn wait_for_queues(&self, count: usize) {
+        let since = Instant::now();
+        let is_queue = |task: &std::fs::DirEntry| {
+            std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.starts_with("blk-queue"))
+        };
+        let tasks = || std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        while tasks().filter_map(Result::ok).filter(is_queue).count() != count {
+            assert!(since.elapsed() < Duration::from_secs(60), "not {count} queues");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     fn tell_to_end(&self) {
@@ -273,6 +287,39 @@ fn a_bell_that_hangs_holds_nobody() {
     assert_eq!(frontend.wait_for_all(), 8);
     // The kernel keeps a process for as long as a file that it closes hangs.
     file.recover();
+    served.end();
+}
+
+/// Memory of the guest whose server is the front-end: a visit is in the middle of it, and does not end.
+#[test]
+fn memory_that_hangs_is_taken_away_from_the_device() {
+    let Some(file) = SlowFile::mount(Duration::from_millis(1), false) else { return };
+    let served = Outside::start(Path::new("memory:8M"), &["--iotlb", "cache"]);
+    let lent = File::options().read(true).write(true).open(file.path()).unwrap();
+    let _recovering = Recovering(&file);
+    let frontend = Frontend::connect(&served.socket, Misses::Answered);
+    frontend.lend(lent.as_fd());
+    file.hang();
+    frontend.read_into_lent();
+    while file.waiting() == 0 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    if !frontend.take_lent_away() {
+        // Then nobody was told that it is true.
+        eprintln!("SKIPPED: this kernel does not let memory be replaced in the middle of a fault");
+        return;
+    }
+    assert_eq!(file.waiting(), 1, "acknowledged before memory answers");
+    frontend.wait_for_hangup();
+    let next = Frontend::connect(&served.socket, Misses::Answered);
+    next.submit_reads(8);
+    assert_eq!(next.wait_for_all(), 8, "the next front-end is served");
+    file.recover();
+    // Whoever was stuck goes on, with memory of nobody's: its thread ends.
+    served.wait_for_queues(1);
+    let mut found = [0; 8];
+    lent.read_exact_at(&mut found, 0).unwrap();
+    assert_eq!(found, slow::content(0).to_ne_bytes(), "written after its invalidation was acknowledged");
     served.end();
 }
 

@@ -190,9 +190,9 @@ impl Queue {
     }
 
     /// Returns when it touches no memory any more; it can go on from there.
-    pub(super) fn stop(&mut self, hurry: BorrowedFd<'_>) -> Result<(), Stuck> {
+    pub(super) fn stop(&mut self, hurry: BorrowedFd<'_>, visit: Duration) -> Result<(), Stuck> {
         let Some(worker) = &mut self.worker else { return Ok(()) };
-        self.stopped = worker.stop(Some(hurry))?;
+        self.stopped = worker.stop(Some(hurry), visit)?;
         self.worker = None;
         if self.stopped.is_none() {
             // Where it was is lost, so it does not go on.
