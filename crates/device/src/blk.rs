@@ -242,6 +242,10 @@ struct BlkQueue {
 }
 
 impl Handler for BlkQueue {
+    fn may_repeat(&self) -> bool {
+        true
+    }
+
     fn start(&mut self, token: Token, request: &Request<'_>) -> Outcome {
         if request.writable.is_empty() {
             // No room for a status: there is nothing that the driver could be told.

@@ -100,6 +100,12 @@ pub trait Handler: Send {
         false
     }
 
+    /// Whether a request may be carried out twice, and those beside it in between, as long as the driver was not told that any
+    /// of them ended: as those of a disk.
+    fn may_repeat(&self) -> bool {
+        false
+    }
+
     /// Whether requests without a byte to read start as soon as they come: it is looked for where their bytes are, and
     /// nobody waits for that before [`Back`] names them. For buffers that are posted and filled later: one that is not
     /// there yet when something arrives is of no use.

@@ -17,6 +17,7 @@ use ringfence_ring::{Chain, DeviceQueue, Head, OpenQueue, Position, RingError, R
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
 
 /// Most requests of one turn, and most bytes: a turn is a visit, and whoever takes translations away waits for it.
 const TURN_REQUESTS: usize = 64;
@@ -33,6 +34,10 @@ const SHOWN: usize = 16;
 /// Most translations that one chain asks for at a time: a driver may describe 4 GiB with one descriptor, and what asks
 /// its VMM for each page of that keeps the VMM from everything else.
 const MISSES_AT_ONCE: usize = 1024;
+
+/// For how long the driver is not told of what is done because one that came before it waits for a translation: see
+/// [`Requests::held`]. Answers take microseconds, of a busy VMM milliseconds; one that never comes holds nobody.
+const HELD: Duration = Duration::from_millis(50);
 
 /// Room for so many pieces is kept in each slot.
 const PIECES_KEPT: usize = 1024;
@@ -75,26 +80,41 @@ pub enum Broken {
 
 /// Where a queue was when it stopped, and what it had begun and not ended: nothing that the driver made available is
 /// lost if a queue goes on from here.
+///
+/// The newest chains of which none is ended are the ring's again, and whoever goes on from the position takes them off it,
+/// in this process or in another. One that is older than some that the driver was told of can't be given back like that: it
+/// is only here.
 #[derive(Debug)]
 pub struct Stopped {
     /// Where to go on in the ring.
     pub position: Position,
     /// Chains that start anew in the order of their arrival, those among them that the device had and was not done with.
-    waiting: Vec<Chain>,
+    waiting: Vec<(u64, Chain)>,
     /// Chains that are done and that the driver was not told of.
-    finished: Vec<(Head, u32)>,
+    finished: Vec<Finished>,
+    /// How many chains had been taken off the ring.
+    arrived: u64,
 }
 
 impl Stopped {
     /// A queue that has not run yet.
     pub fn at(position: Position) -> Self {
-        Self { position, waiting: Vec::new(), finished: Vec::new() }
+        Self { position, waiting: Vec::new(), finished: Vec::new(), arrived: 0 }
     }
 
-    /// Whether some chain was begun and not ended.
+    /// Whether some chain was begun and not ended, and is not the ring's again.
     pub fn is_unfinished(&self) -> bool {
         !self.waiting.is_empty() || !self.finished.is_empty()
     }
+}
+
+/// A chain that is done.
+#[derive(Clone, Copy, Debug)]
+struct Finished {
+    /// As [`Slot::arrival`].
+    arrival: u64,
+    head: Head,
+    written: u32,
 }
 
 /// What a queue that stopped leaves of its device: the requests that were given up and are not over. Dropping it waits
@@ -111,8 +131,8 @@ impl<M: Memory> Queue<M> {
         report: Box<dyn Report>,
         stopped: Stopped,
     ) -> Self {
-        let (in_order, unseen) = (handler.is_in_order(), handler.starts_unseen());
-        let requests = Requests { in_order, unseen, ..Requests::new(depth, stopped) };
+        let (in_order, unseen, repeats) = (handler.is_in_order(), handler.starts_unseen(), handler.may_repeat());
+        let requests = Requests { in_order, unseen, repeats, ..Requests::new(depth, stopped) };
         Self { ring, handler, memory, report, requests }
     }
 
@@ -230,17 +250,19 @@ impl<M: Memory> Queue<M> {
         self.requests.under_way
     }
 
-    /// Brings requests under way closer to their end without taking new ones; `true` when the device has none left. Those
-    /// that come back and lack a translation wait, for a queue that goes on from here: whoever waits for this to end may be
-    /// who would bring it.
+    /// Brings requests under way closer to their end without taking new ones; `true` when the device has none left, and has
+    /// had those that came before one that it had. Those that lack a translation wait, for a queue that goes on from here:
+    /// whoever waits for this to end may be who would bring it.
     pub fn drain(&mut self) -> bool {
         let Self { memory, handler, report, requests, .. } = self;
         let visit = memory.visit();
-        let worked = requests.collect(&mut Server { visit: &visit, handler: &mut **handler, report: &mut **report });
+        let mut server = Server { visit: &visit, handler: &mut **handler, report: &mut **report };
+        let mut worked = requests.collect(&mut server);
+        worked |= requests.catch_up(&mut server);
         drop(visit);
         handler.submit();
         // Of requests in order those behind one that waits have not moved either.
-        requests.under_way == 0 && (requests.back.is_empty() || !worked)
+        requests.under_way == 0 && !requests.full && (requests.back.is_empty() || !worked)
     }
 
     /// Takes back what the device has not begun, before the queue is drained.
@@ -311,7 +333,7 @@ impl<M: Memory> Queue<M> {
     pub fn stop(self) -> (Stopped, Leftover) {
         let Self { ring, mut handler, memory, requests, .. } = self;
         drop(memory);
-        let Requests { slots, free, mut unpublished, finished, under_way, .. } = requests;
+        let Requests { slots, free, unpublished, finished, under_way, repeats, mut arrived, .. } = requests;
         let mut is_free = vec![false; slots.len()];
         free.iter().for_each(|&token| is_free[usize::from(token)] = true);
         let mut waiting = Vec::new();
@@ -326,14 +348,28 @@ impl<M: Memory> Queue<M> {
         }
         // Who goes on from here begins with what came first.
         waiting.sort_unstable_by_key(|&(arrival, _)| arrival);
-        let waiting = waiting.into_iter().map(|(_, chain)| chain).collect();
         if under_way > 0 {
             handler.abandon();
         }
-        // The driver does not see them yet, so they are pushed again, from where it sees the ring to be.
-        unpublished.extend(finished);
-        let position = ring.published();
-        (Stopped { position, waiting, finished: unpublished }, Leftover(handler))
+        // The newest of those that were not pushed are the ring's again, if nobody minds that what is done is done again.
+        let mut finished = Vec::from(finished);
+        let mut unended: Vec<_> = waiting.iter().map(|(arrival, chain)| (*arrival, chain.head())).collect();
+        if repeats {
+            unended.extend(finished.iter().map(|finished| (finished.arrival, finished.head)));
+        }
+        unended.sort_unstable_by_key(|&(arrival, _)| arrival);
+        let mut entries = 0;
+        while let Some((arrival, head)) = unended.pop()
+            && arrival + 1 == arrived
+        {
+            arrived = arrival;
+            entries += head.entries();
+        }
+        waiting.retain(|&(arrival, _)| arrival < arrived);
+        finished.retain(|finished| finished.arrival < arrived);
+        // The driver does not see these yet, so they are pushed again, from where it sees the ring to be.
+        let finished = [unpublished, finished].concat();
+        (Stopped { position: ring.rewound(entries), waiting, finished, arrived }, Leftover(handler))
     }
 }
 
@@ -370,9 +406,9 @@ struct Requests {
     /// Chains that came back from the device and were not looked at yet.
     back: Vec<Back>,
     /// Chains that are done and not on the used ring yet.
-    finished: VecDeque<(Head, u32)>,
+    finished: VecDeque<Finished>,
     /// Chains on the used ring that the driver can't see yet: an index, or flags, could not be reached.
-    unpublished: Vec<(Head, u32)>,
+    unpublished: Vec<Finished>,
     /// The driver can see some that it was not asked about yet whether it wants to be told of them.
     untold: bool,
     /// The last time something of the ring was wanted, its translation was missing.
@@ -387,8 +423,16 @@ struct Requests {
     in_order: bool,
     /// The device takes buffers before it is known where they are.
     unseen: bool,
+    /// Any may be carried out again that the driver was not told of.
+    repeats: bool,
+    /// The driver is not told of those that came after this one, which waits for a translation: then all of them can be the
+    /// ring's again, should the queue stop now. Whoever stops it may be who would bring the translation, and another
+    /// process may be who goes on. Since when that is so.
+    held: Option<(u64, Instant)>,
+    /// Those that came before this one have been waited for in vain.
+    overtaken: u64,
     under_way: usize,
-    /// How many chains have been taken off the ring.
+    /// How many chains have been taken off the ring and are not its own again.
     arrived: u64,
 }
 
@@ -402,7 +446,7 @@ struct Slot {
     asked: Option<Ticket>,
     /// What it was last seen to lack.
     lacks: Option<Lack>,
-    /// Counts up: who has the smaller number came first.
+    /// Counts up, chain by chain of the ring: who has the smaller number came first.
     arrival: u64,
 }
 
@@ -493,18 +537,14 @@ enum Served {
 
 impl Requests {
     fn new(depth: u16, stopped: Stopped) -> Self {
-        let mut waiting = stopped.waiting.into_iter();
-        let finished = stopped.finished.into();
+        let Stopped { position: _, waiting, finished, arrived } = stopped;
+        let mut waiting = waiting.into_iter();
         let restored = waiting.len().min(usize::from(depth)) as u16;
         let slots = (0..depth)
-            .map(|token| Slot {
-                chain: waiting.next().unwrap_or_default(),
-                readable: Vec::new(),
-                writable: Vec::new(),
-                stage: Stage::New,
-                asked: None,
-                lacks: None,
-                arrival: token.into(),
+            .map(|_| {
+                let (arrival, chain) = waiting.next().unwrap_or_default();
+                let (readable, writable) = (Vec::new(), Vec::new());
+                Slot { chain, readable, writable, stage: Stage::New, asked: None, lacks: None, arrival }
             })
             .collect();
         Self {
@@ -512,7 +552,7 @@ impl Requests {
             free: (restored..depth).rev().collect(),
             waiting: (0..restored).collect(),
             back: Vec::new(),
-            finished,
+            finished: finished.into(),
             unpublished: Vec::new(),
             untold: false,
             ring_waits: false,
@@ -521,9 +561,11 @@ impl Requests {
             listening: false,
             in_order: false,
             unseen: false,
+            repeats: false,
+            held: None,
+            overtaken: 0,
             under_way: 0,
-            // After those that were restored.
-            arrived: u64::from(restored),
+            arrived,
         }
     }
 
@@ -617,6 +659,49 @@ impl Requests {
         self.full && self.waiting.iter().all(for_room)
     }
 
+    /// The queue stops: tries those that wait and were overtaken. They can't be the ring's again, so nobody but who has them
+    /// here would ever serve them. `true` if one got further; [`Requests::full`] if one lacks nothing but room.
+    fn catch_up<V: Visit>(&mut self, server: &mut Server<'_, V>) -> bool {
+        self.full = false;
+        if self.in_order || self.waiting.is_empty() {
+            return false;
+        }
+        let mut news: Vec<_> = self.waiting.iter().map(|&token| &self.slots[usize::from(token)]).collect();
+        news.retain(|slot| slot.stage == Stage::New);
+        news.sort_unstable_by_key(|slot| slot.arrival);
+        // From here on nothing was begun.
+        let mut begun = self.arrived;
+        while news.pop().is_some_and(|slot| slot.arrival + 1 == begun) {
+            begun -= 1;
+        }
+        let mut some = false;
+        let mut at = 0;
+        while let Some(&token) = self.waiting.get(at) {
+            let slot = &mut self.slots[usize::from(token)];
+            let is_new = slot.stage == Stage::New;
+            if is_new && (self.full || slot.arrival >= begun) || slot.still_lacks(server.visit) {
+                at += 1;
+                continue;
+            }
+            match slot.serve(server, token, Place::First) {
+                // What is no chain is left to who finds the ring broken.
+                Ok(Served::Waiting) | Err(_) => at += 1,
+                Ok(Served::NoRoom) => {
+                    self.full = true;
+                    at += 1;
+                }
+                Ok(served) => {
+                    some = true;
+                    self.waiting.remove(at);
+                    if !self.settle(server.visit, token, served) {
+                        self.free.push(token);
+                    }
+                }
+            }
+        }
+        some
+    }
+
     /// Takes a few chains off the ring and has what they describe brought near: first the tables of those that have one,
     /// then where the device will look first and last. Their tokens, and why there are no more.
     #[inline]
@@ -680,12 +765,18 @@ impl Requests {
     /// Puts what is finished on the used ring, as far as the ring can be reached.
     #[inline]
     fn publish<V: Visit>(&mut self, visit: &V, ring: &mut OpenQueue<'_, '_, V>) -> Result<(), Broken> {
-        while let Some(&(head, written)) = self.finished.front() {
+        let before = self.hold();
+        let mut at = 0;
+        while let Some(&Finished { arrival, head, written }) = self.finished.get(at) {
+            if arrival >= before {
+                at += 1;
+                continue;
+            }
             if let Err(stop) = ring.push(head, written) {
                 wait_or_break(stop, &mut self.ring_waits)?;
                 break;
             }
-            self.unpublished.extend(self.finished.pop_front());
+            self.unpublished.extend(self.finished.remove(at));
         }
         if self.unpublished.is_empty() {
             return Ok(());
@@ -697,6 +788,33 @@ impl Requests {
         self.unpublished.clear();
         self.untold = true;
         Ok(())
+    }
+
+    /// The driver is told of those that arrived before the one with this number: see [`Requests::held`].
+    #[inline]
+    fn hold(&mut self) -> u64 {
+        if self.waiting.is_empty() || self.finished.is_empty() || !self.repeats {
+            self.held = None;
+            return u64::MAX;
+        }
+        let waiting = self.waiting.iter().map(|&token| &self.slots[usize::from(token)]);
+        // What lacks nothing but room has it before the queue stops.
+        let lacking = waiting.filter(|slot| slot.arrival >= self.overtaken && slot.lacks != Some(Lack::Room));
+        let oldest = lacking.map(|slot| slot.arrival).min();
+        let Some(oldest) = oldest.filter(|&oldest| self.finished.iter().any(|finished| finished.arrival > oldest))
+        else {
+            self.held = None;
+            return u64::MAX;
+        };
+        let (_, since) =
+            *self.held.take_if(|(held, _)| *held == oldest).get_or_insert_with(|| (oldest, Instant::now()));
+        if since.elapsed() < HELD {
+            self.held = Some((oldest, since));
+            return oldest;
+        }
+        // Nor are those after it waited for: as many that never come would take as many times as long.
+        (self.overtaken, self.held) = (self.arrived, None);
+        u64::MAX
     }
 
     /// Whether the driver wants to be told of what was published since this was last asked.
@@ -727,7 +845,7 @@ impl Requests {
                     // What was forgotten just now may be what another was waiting for, and was there already.
                     self.look = Look::Thorough;
                 }
-                self.finished.push_back((slot.chain.head(), written));
+                self.finished.push_back(Finished { arrival: slot.arrival, head: slot.chain.head(), written });
                 false
             }
             Served::UnderWay => {

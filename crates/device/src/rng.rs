@@ -44,6 +44,10 @@ impl Device for Rng {
 struct RngQueue;
 
 impl Handler for RngQueue {
+    fn may_repeat(&self) -> bool {
+        true
+    }
+
     fn start(&mut self, _token: Token, request: &Request<'_>) -> Outcome {
         let wanted = (request.writable.len() as usize).min(MOST);
         let mut written = 0;

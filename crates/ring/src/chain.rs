@@ -40,6 +40,13 @@ pub struct Head {
     pub(crate) entries: u16,
 }
 
+impl Head {
+    /// How many entries of the ring the chain takes up: of a split one's avail ring 1.
+    pub fn entries(&self) -> u16 {
+        self.entries
+    }
+}
+
 /// A stretch of memory that the driver described. It has at least one byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Descriptor {

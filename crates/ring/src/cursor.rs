@@ -28,6 +28,14 @@ impl Cursor {
         if index < size { Self { index, ..self } } else { Self { index: index - size, wrap: !self.wrap } }
     }
 
+    /// The place `entries` before this one; no more than `size`.
+    pub(crate) fn retreat(self, entries: u16, size: u16) -> Self {
+        match self.index.checked_sub(entries) {
+            Some(index) => Self { index, ..self },
+            None => Self { index: size - (entries - self.index), wrap: !self.wrap },
+        }
+    }
+
     /// How far this place is ahead of `behind`; `None` where one can't be ahead of the other.
     pub(crate) fn ahead_of(self, behind: Self, size: u16) -> Option<u16> {
         if self.index >= size || behind.index >= size {
@@ -81,6 +89,7 @@ mod tests {
             assert_eq!(Cursor::from_bits(ahead.bits()), ahead);
             if let Some(distance) = expected {
                 assert_eq!(behind.advance(distance, size), ahead);
+                assert_eq!(ahead.retreat(distance, size), behind);
             }
         }
     }

@@ -41,6 +41,19 @@ impl DeviceQueue {
         }))
     }
 
+    /// A queue that goes on where vhost-user's `SET_VRING_BASE` says. Of a split ring that says nothing of the used index,
+    /// which is read from the ring: it is behind the other where somebody else took chains and did not end them.
+    ///
+    /// # Errors
+    /// As [`DeviceQueue::new`]; a number that is no position.
+    pub fn at_vring_base(rules: Rules, layout: Layout, base: u32) -> Result<Self, LayoutError> {
+        let mut queue = Self::new(rules, layout, Position::from_vring_base(rules.format, base)?)?;
+        if let Queue::Split(split) = &mut queue.0 {
+            split.adopt();
+        }
+        Ok(queue)
+    }
+
     /// The queue during `visit`.
     #[inline]
     pub fn open<'q, 'v, V: Visit>(&'q mut self, visit: &'v V) -> OpenQueue<'q, 'v, V> {
@@ -58,12 +71,16 @@ impl DeviceQueue {
         }
     }
 
-    /// Where the queue is as far as the driver sees: behind what was popped and what was published. A queue that goes on
-    /// from here pushes again what was pushed and not published.
-    pub fn published(&self) -> Position {
+    /// Where the queue is as far as the driver sees, behind what was published, if the last `entries` of the ring that were
+    /// popped had not been. A queue that goes on from here pops those again, and pushes again what was pushed and not
+    /// published.
+    ///
+    /// None of those may have been pushed: a packed ring has what was pushed where a chain was.
+    pub fn rewound(&self, entries: u16) -> Position {
+        assert!(entries <= self.under_way(), "{entries} entries, of {} that are under way", self.under_way());
         match &self.0 {
-            Queue::Split(queue) => queue.published(),
-            Queue::Packed(queue) => queue.published(),
+            Queue::Split(queue) => queue.rewound(entries),
+            Queue::Packed(queue) => queue.rewound(entries),
         }
     }
 

@@ -24,7 +24,7 @@ impl Position {
 
     /// From the number of vhost-user's `SET_VRING_BASE`.
     ///
-    /// A split base says nothing of the used index: the queue had been drained, so everything before it was used. A
+    /// A split base says nothing of the used index: where the queue had been drained, everything before it was used. A
     /// packed base without its upper half comes from a front-end that sends one half for both.
     ///
     /// # Errors

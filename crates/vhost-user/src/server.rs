@@ -1,17 +1,18 @@
 //! A back-end on its socket: one front-end after the other, until told to end.
 
+use crate::backend::Outgoing;
 use crate::channel::{Channel, ChannelError, Message, Received, Sender};
 use crate::faults::Limit;
 use crate::session::{Session, SessionError, Severity};
 use crate::wire::{BackendCode, BackendRequest, Frame, FrontendCode, NeedReply, Reply, Request, WireError};
-use ringfence_device::Device;
 use ringfence_device::worker::Patience;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use ringfence_device::{Device, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd as new_eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use std::fmt::Display;
 use std::io;
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::AssertUnwindSafe;
@@ -308,13 +309,19 @@ enum Read {
     End,
 }
 
+/// The back-end channel, as whoever reads it has it.
+struct Answers {
+    channel: Channel,
+    /// Readable when questions wait for room in it.
+    backed_up: OwnedFd,
+}
+
 struct Connection {
     session: Session,
     frontend: Channel,
     /// What was not yet said to it: acknowledgements of translations that came together go together.
     replies: Vec<u8>,
-    /// Answers to what we asked on the back-end channel.
-    backend: Option<Channel>,
+    backend: Option<Answers>,
     patience: Patience,
     /// For what the front-end does wrong and goes on doing.
     complaints: Limit,
@@ -325,7 +332,10 @@ impl Connection {
         loop {
             let mut fds =
                 vec![PollFd::from_borrowed_fd(end, PollFlags::IN), PollFd::new(&self.frontend, PollFlags::IN)];
-            fds.extend(self.backend.as_ref().map(|backend| PollFd::new(backend, PollFlags::IN)));
+            if let Some(Answers { channel, backed_up }) = &self.backend {
+                let room = if self.session.backend().is_backed_up() { PollFlags::OUT } else { PollFlags::empty() };
+                fds.extend([PollFd::new(channel, PollFlags::IN | room), PollFd::new(backed_up, PollFlags::IN)]);
+            }
             match self.frontend.holds_message() {
                 true => look(&mut fds).map(drop)?,
                 false => wait(&mut fds, &mut self.patience)?,
@@ -333,14 +343,17 @@ impl Connection {
             if !fds[0].revents().is_empty() {
                 return Ok(Ended::ByUs);
             }
+            let backed_up = fds.get(3).is_some_and(|fd| !fd.revents().is_empty());
             match self.requests()? {
                 // An UPDATE was sent before the answer that it belongs to, and must be seen first.
                 Read::All => self.answers()?,
                 Read::Some => {}
                 Read::End => return Ok(Ended::ByFrontend),
             }
-            // A front-end that stops reading keeps its own questions unasked, and nothing else.
-            let _ = self.session.backend().flush();
+            if backed_up && let Some(Answers { backed_up, .. }) = &self.backend {
+                eventfd::hush(backed_up.as_fd());
+            }
+            self.rest_of_questions()?;
         }
     }
 
@@ -404,14 +417,29 @@ impl Connection {
         Ok(self.frontend.send(&Frame { bytes, fds: Vec::new() })?)
     }
 
+    /// Sends what the back-end channel did not take before. A front-end that stops reading keeps its own questions unasked,
+    /// and nothing else; one that never will again is as good as gone.
+    fn rest_of_questions(&mut self) -> Result<(), Lost> {
+        match self.session.backend().flush() {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                self.complain(&format_args!("what the device asks can't be sent: {error}"));
+                self.close_channel()
+            }
+        }
+    }
+
     fn open_channel(&mut self, fd: OwnedFd) -> Result<(), Lost> {
         // Answers belong to questions by their order, which a second channel would upset.
         if self.backend.is_some() && self.session.needs_channel() {
             return Err(SessionError::ChannelInUse.into());
         }
+        let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
+        let backed_up = new_eventfd(0, flags).map_err(io::Error::from).map_err(SessionError::Resources)?;
+        let rung = backed_up.try_clone().map_err(SessionError::Resources)?;
         let sender = Sender::new(fd.try_clone().map_err(SessionError::Resources)?);
-        self.session.backend().connect(Some(sender));
-        self.backend = Some(Channel::new(fd));
+        self.session.backend().connect(Some(Outgoing { sender, backed_up: rung }));
+        self.backend = Some(Answers { channel: Channel::new(fd), backed_up });
         Ok(())
     }
 
@@ -424,8 +452,8 @@ impl Connection {
     /// Takes in the front-end's answers to our questions.
     fn answers(&mut self) -> Result<(), Lost> {
         loop {
-            let Some(backend) = &mut self.backend else { return Ok(()) };
-            match backend.receive() {
+            let Some(Answers { channel, .. }) = &mut self.backend else { return Ok(()) };
+            match channel.receive() {
                 Ok(Received::Message(message)) => match answer(message) {
                     Ok(granted) => self.session.answered(granted),
                     Err(error) => self.complain(&format_args!("bad answer on the back-end channel: {error}")),
@@ -438,6 +466,10 @@ impl Connection {
                 }
             }
         }
+        self.close_channel()
+    }
+
+    fn close_channel(&mut self) -> Result<(), Lost> {
         self.backend = None;
         self.session.backend().connect(None);
         if self.session.needs_channel() { Err(Lost::BackendChannel) } else { Ok(()) }

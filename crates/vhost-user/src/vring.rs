@@ -6,7 +6,7 @@ use ringfence_device::worker::{Bells, Control, Stuck, Worker};
 use ringfence_device::{Device, eventfd};
 use ringfence_dma::BusAddr;
 use ringfence_iotlb::{Iotlb, Wake};
-use ringfence_ring::{DeviceQueue, Format, Layout, LayoutError, Position, Rules};
+use ringfence_ring::{DeviceQueue, Format, Layout, LayoutError, Rules};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -20,7 +20,7 @@ pub(crate) struct Vring {
     pub(crate) enable: Enable,
     /// As SET_VRING_BASE said, or where the queue was when it last stopped.
     base: u32,
-    /// What a stopped queue had begun; good for as long as `base` is where it stopped.
+    /// What a stopped queue had begun and the ring has not; good for as long as `base` is where it stopped.
     stopped: Option<Stopped>,
     /// The format of the ring when it last ran.
     format: Format,
@@ -159,11 +159,10 @@ impl Vring {
             self.stopped = None;
         }
         self.format = with.rules.format;
-        let position = match &self.stopped {
-            Some(stopped) => stopped.position,
-            None => Position::from_vring_base(self.format, self.base)?,
+        let ring = match &self.stopped {
+            Some(stopped) => DeviceQueue::new(with.rules, with.layout, stopped.position)?,
+            None => DeviceQueue::at_vring_base(with.rules, with.layout, self.base)?,
         };
-        let ring = DeviceQueue::new(with.rules, with.layout, position)?;
         let handler = Arc::clone(with.device).open_queue(with.index, self.size, with.features)?;
         let control = Control::new(clone(&self.call)?)?;
         let kick = match &self.kick {
@@ -174,7 +173,7 @@ impl Vring {
         let view = with.iotlb.view(Arc::new(Waker(Arc::clone(&control))));
         let report = Box::new(FaultReport::new(with.index, Arc::clone(with.backend), Arc::clone(with.faults)));
         // Not before all of that is there: what had been begun waits for the next try.
-        let stopped = self.stopped.take().unwrap_or_else(|| Stopped::at(position));
+        let stopped = self.stopped.take().unwrap_or_else(|| Stopped::at(ring.position()));
         let queue = Queue::new(ring, self.size, view, handler, report, stopped);
         let name = format!("{}-queue-{}", with.device.name(), with.index);
         self.worker = Some(Worker::start(&name, queue, Arc::clone(&control), bells)?);
@@ -203,10 +202,14 @@ impl Vring {
     /// [`Stuck`]: it is stuck in the memory itself. May be called again.
     pub(crate) fn pause(&mut self, hurry: Option<BorrowedFd<'_>>, visit: Duration) -> Result<(), Stuck> {
         let Some(worker) = &mut self.worker else { return Ok(()) };
-        self.stopped = worker.stop(hurry, visit)?;
+        let stopped = worker.stop(hurry, visit)?;
         self.worker = None;
-        match &self.stopped {
-            Some(stopped) => self.base = stopped.position.vring_base(self.format),
+        match stopped {
+            Some(stopped) => {
+                self.base = stopped.position.vring_base(self.format);
+                // What is all in the ring is taken from there.
+                self.stopped = Some(stopped).filter(Stopped::is_unfinished);
+            }
             None => {
                 // Where it was is lost, so it starts again only when a driver has set it up anew.
                 self.addresses = None;

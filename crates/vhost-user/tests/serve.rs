@@ -2,20 +2,27 @@
 
 mod served;
 
-use ringfence_dma::{Access, BusAddr, FromDevice, Streaming};
+use ringfence_dma::{Access, BusAddr, FromDevice, FrontendVa, Gpa, Permission, Streaming};
 use ringfence_driver::StartError;
 use ringfence_driver::blk::{Request, RequestError};
 use ringfence_driver::mapper::{Direct, Premapped};
+use ringfence_hostmem::{Placement, SharedMemory};
 use ringfence_iommu::Strict;
 use ringfence_policy::{Addressing, IommuMode};
+use ringfence_ring::{Descriptor, DriverQueue, RingCells, RingSlices, Rules};
+use ringfence_vhost_user::channel::Channel;
 use ringfence_vhost_user::client;
-use ringfence_vhost_user::wire::{FrontendCode, Invalidated, Iotlb, NeedReply, ProtocolFeatures, Request as Message};
+use ringfence_vhost_user::wire::{
+    BackendRequest, Enable, FrontendCode, Header, Invalidated, Iotlb, IotlbReport, NeedReply, ProtocolFeatures,
+    Request as Message, VringAddr, VringFd,
+};
 use served::{BUFFERS, Driver, Frontend, PAGE, RINGS, Served};
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 type Ask = Message<OwnedFd>;
 
@@ -69,6 +76,68 @@ fn messages_that_come_at_once_are_answered_in_order() {
         assert_eq!(u64::from_ne_bytes(reply[12..].try_into().unwrap()), value, "reply {number}");
     }
     writer.join().unwrap();
+}
+
+/// A front-end that says nothing more, whose back-end channel holds a few questions at a time: it gets all of them as it reads.
+#[test]
+fn what_the_back_end_channel_has_no_room_for_follows_when_there_is() {
+    // As many as a request asks for at a time.
+    const PAGES: u64 = 1024;
+    let served = Served::start(IommuMode::Offer);
+    let mut main = Channel::<Header>::new(UnixStream::connect(&served.socket).unwrap().into());
+    let say = |main: &Channel, message: Message<BorrowedFd<'_>>| main.send(&message.encode(NeedReply::No)).unwrap();
+    say(&main, Message::GetFeatures);
+    let patience = || Instant::now() + Duration::from_secs(60);
+    let offered = main.receive_until(patience()).unwrap().body;
+    let offered = u64::from_ne_bytes(offered.try_into().unwrap());
+    // All of it but what would change how a ring looks: a driver behind an IOMMU, whatever that bit is called.
+    use ringfence_vhost_user::session::bits;
+    say(&main, Message::SetFeatures(offered & !(bits::RING_PACKED | bits::EVENT_IDX)));
+    say(&main, Message::SetProtocolFeatures(ProtocolFeatures::REPLY_ACK | ProtocolFeatures::BACKEND_REQ));
+    let memory = SharedMemory::new(1 << 20).unwrap();
+    let va = memory.slice(0, 1).as_ptr() as u64;
+    let all = Placement { gpa: Gpa(0), frontend_va: FrontendVa(va), size: 1 << 20, offset: 0 };
+    say(&main, Message::SetMemTable(vec![(all, memory.as_fd())]));
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    // The kernel gives it its least, which is some dozens of messages.
+    rustix::net::sockopt::set_socket_send_buffer_size(&theirs, 1).unwrap();
+    say(&main, Message::SetBackendReqFd(theirs.as_fd()));
+    drop(theirs);
+    let mut channel = Channel::<Header>::new(ours.into());
+    // The ring is where it is; the rest of the guest's memory is nowhere.
+    let ring = Iotlb::Update { iova: BusAddr(0), size: 0x6000, uaddr: FrontendVa(va), perm: Permission::ReadWrite };
+    say(&main, Message::IotlbMsg(ring));
+    let [descriptors, driver, device] = [0, 0x2000, 0x4000].map(|at| memory.slice(at, 0x2000));
+    let slices = RingSlices { descriptors, driver, device };
+    let rules = Rules::default();
+    let mut queue = DriverQueue::new(rules, 256, RingCells::new(rules.format, 256, &slices)).unwrap();
+    let page = |page: u64| BusAddr((1 << 40) + page * PAGE as u64);
+    let pieces = (0..PAGES).step_by(32);
+    let chain: Vec<_> = pieces.map(|at| Descriptor { addr: page(at), len: 32 << 12, access: Access::Read }).collect();
+    queue.add(&chain, None).unwrap();
+    queue.publish();
+    say(&main, Message::SetVringNum { index: 0, num: 256 });
+    let addresses = VringAddr { index: 0, flags: 0, descriptor: 0, available: 0x2000, used: 0x4000, log: 0 };
+    say(&main, Message::SetVringAddr(addresses));
+    let kick = rustix::event::eventfd(1, rustix::event::EventfdFlags::NONBLOCK).unwrap();
+    say(&main, Message::SetVringKick(VringFd { index: 0, fd: Some(kick.as_fd()) }));
+    say(&main, Message::SetVringEnable { index: 0, enable: Enable::On });
+
+    // Until nobody over there has anything else to do.
+    std::thread::sleep(Duration::from_millis(20));
+    let mut asked = BTreeSet::new();
+    while asked.len() < PAGES as usize {
+        let message = channel.receive_until(patience()).unwrap_or_else(|error| panic!("{} came: {error}", asked.len()));
+        match BackendRequest::parse(&message.header, &message.body, message.fds).unwrap() {
+            BackendRequest::IotlbMsg(IotlbReport::Miss { iova, .. }) => asked.insert(iova),
+            other => panic!("{other:?}"),
+        };
+        if asked.len().is_multiple_of(32) {
+            // Slower than the other side could send.
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    assert!(asked.into_iter().eq((0..PAGES).map(page)));
 }
 
 /// Invariant 3, on the data path: once the flag is taken a physical address reaches nothing, though the server has all
@@ -170,6 +239,8 @@ fn stop_and_go_on(before: fn(&client::Frontend), after: fn(&client::Frontend)) {
     assert_eq!(frontend.client.counters().updates, counters.updates, "nothing was answered yet");
     before(&frontend.client);
     let base = disk.device_mut().transport_mut().pause(0).unwrap();
+    // None of them was begun: another process would find all of them in the ring.
+    assert_eq!(base as u16, (base >> 16) as u16, "{base:#x}: a packed ring's");
     after(&frontend.client);
     disk.device_mut().transport_mut().resume(0, base).unwrap();
     let mut done = 0;

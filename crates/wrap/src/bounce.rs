@@ -479,6 +479,10 @@ impl Handler for Bounce {
         self.kind.is_in_order()
     }
 
+    fn may_repeat(&self) -> bool {
+        self.kind.may_repeat()
+    }
+
     fn starts_unseen(&self) -> bool {
         self.kind.has_standing()
     }

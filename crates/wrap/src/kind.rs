@@ -108,6 +108,11 @@ impl Kind {
         matches!(self, Kind::Net | Kind::Generic)
     }
 
+    /// Whether a request may be carried out twice before its driver is told of it. A folder can't be made twice.
+    pub(crate) fn may_repeat(self) -> bool {
+        self == Kind::Blk
+    }
+
     /// Where the configuration space says how many queues there are, if it does.
     pub(crate) fn queue_count_field(self) -> Option<usize> {
         match self {

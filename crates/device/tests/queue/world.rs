@@ -28,11 +28,17 @@ pub(crate) enum Page {
 pub(crate) struct World {
     pub(crate) ram: Arc<Ram>,
     pages: Arc<Mutex<[Page; PAGES]>>,
+    rules: Rules,
 }
 
 impl World {
     pub(crate) fn new() -> Self {
-        Self { ram: Arc::new(Ram::new(PAGES * PAGE)), pages: Arc::new(Mutex::new([Page::Here; PAGES])) }
+        Self::with(Rules::default())
+    }
+
+    /// One whose ring keeps to `rules`.
+    pub(crate) fn with(rules: Rules) -> Self {
+        Self { ram: Arc::new(Ram::new(PAGES * PAGE)), pages: Arc::new(Mutex::new([Page::Here; PAGES])), rules }
     }
 
     pub(crate) fn set(&self, page: usize, to: Page) {
@@ -42,8 +48,7 @@ impl World {
     pub(crate) fn driver(&self) -> DriverQueue<RingCells<'_>> {
         let [descriptors, driver, device] = [0, 1, 2].map(|page| self.ram.slice(page * PAGE, PAGE));
         let slices = RingSlices { descriptors, driver, device };
-        let rules = Rules::default();
-        DriverQueue::new(rules, SIZE, RingCells::new(rules.format, SIZE, &slices)).unwrap()
+        DriverQueue::new(self.rules, SIZE, RingCells::new(self.rules.format, SIZE, &slices)).unwrap()
     }
 
     /// A queue that goes on at `position`.
@@ -55,7 +60,7 @@ impl World {
         position: Position,
     ) -> Queue<World> {
         let [descriptors, driver, device] = [0, 1, 2].map(|page| BusAddr(page * PAGE as u64));
-        let ring = DeviceQueue::new(Rules::default(), Layout { size: SIZE, descriptors, driver, device }, position);
+        let ring = DeviceQueue::new(self.rules, Layout { size: SIZE, descriptors, driver, device }, position);
         Queue::new(ring.unwrap(), SIZE, self.clone(), handler, report, stopped)
     }
 }

@@ -93,8 +93,9 @@ impl Queue {
         Position { avail: self.state.next.bits(), used: self.state.pushed.bits() }
     }
 
-    pub(super) fn published(&self) -> Position {
-        Position { avail: self.state.next.bits(), used: self.state.published.bits() }
+    pub(super) fn rewound(&self, entries: u16) -> Position {
+        let State { size, next, published, .. } = self.state;
+        Position { avail: next.retreat(entries, size).bits(), used: published.bits() }
     }
 
     pub(super) fn under_way(&self) -> u16 {

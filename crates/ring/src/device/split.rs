@@ -32,6 +32,8 @@ struct State {
     pushed: u16,
     /// The used index that the driver sees.
     published: u16,
+    /// It is still to be read from the ring: nothing was popped yet.
+    adopts: bool,
     /// How many entries were published since the driver was last told or found not to care; `None`: nobody knows.
     untold: Option<u16>,
 }
@@ -60,12 +62,18 @@ impl Queue {
                 next: avail,
                 pushed: used,
                 published: used,
+                adopts: false,
                 untold: None,
             },
             descriptors: Area::new(RingArea::Descriptors, &rules, &layout, Access::Read),
             avail: Area::new(RingArea::Driver, &rules, &layout, Access::Read),
             used: Area::new(RingArea::Device, &rules, &layout, Access::Write),
         })
+    }
+
+    /// The used index is what the ring says, before anything is popped.
+    pub(super) fn adopt(&mut self) {
+        self.state.adopts = true;
     }
 
     #[inline]
@@ -82,8 +90,8 @@ impl Queue {
         Position { avail: self.state.next, used: self.state.pushed }
     }
 
-    pub(super) fn published(&self) -> Position {
-        Position { avail: self.state.next, used: self.state.published }
+    pub(super) fn rewound(&self, entries: u16) -> Position {
+        Position { avail: self.state.next.wrapping_sub(entries), used: self.state.published }
     }
 
     pub(super) fn under_way(&self) -> u16 {
@@ -119,6 +127,9 @@ impl<V: Visit> Open<'_, '_, V> {
 
     /// Reads the avail index; `true` if there is something to take.
     fn look(&mut self) -> Result<bool, RingStop> {
+        if self.state.adopts {
+            self.adopt()?;
+        }
         let avail = self.avail.at(avail::INDEX, 2)?;
         // Acquire: orders this load before those of the entries and descriptors that it makes known.
         let index = avail.load_u16(0, Ordering::Acquire);
@@ -130,6 +141,18 @@ impl<V: Visit> Open<'_, '_, V> {
         }
         self.state.seen = index;
         Ok(index != next)
+    }
+
+    #[cold]
+    fn adopt(&mut self) -> Result<(), RingStop> {
+        let used = self.used.at(used::INDEX, 2)?.load_u16(0, Ordering::Relaxed);
+        let State { size, next, .. } = self.state;
+        // No ring is further behind: it is no used index, and whoever gave the other one is to be believed.
+        if next.wrapping_sub(used) <= *size {
+            (self.state.pushed, self.state.published) = (used, used);
+        }
+        self.state.adopts = false;
+        Ok(())
     }
 
     #[inline]

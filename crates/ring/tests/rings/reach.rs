@@ -236,3 +236,33 @@ fn positions_that_no_ring_is_at() {
         }
     }
 }
+
+/// The front-end's number says where the next chain is; where the next used entry goes is in the ring, unless no ring could
+/// be there.
+#[test]
+fn a_split_queue_goes_on_where_its_used_ring_is() {
+    let rules = Rules { format: Format::Split, ..Rules::default() };
+    for (used, base, expected) in [(5, 5, 5), (3, 5, 3), (0xfffe, 5, 0xfffe), (0xfffc, 5, 5), (6, 5, 5)] {
+        for kind in [Kind::Flat, Kind::Missing(2)] {
+            let world = World::new(kind, rules, 8, 0);
+            let slices = world.slices();
+            slices.device.store_u16(2, used, Ordering::Relaxed);
+            slices.driver.store_u16(2, base + 1, Ordering::Relaxed);
+            slices.descriptors.store_u32(8, 1, Ordering::Relaxed);
+            world.driver_to_device();
+            let mut queue = DeviceQueue::at_vring_base(rules, world.layout, base.into()).unwrap();
+            assert_eq!(queue.position(), Position { avail: base, used: base }, "nobody has looked");
+            let mut chain = Chain::default();
+            while let Err(stop) = queue.open(&world).pop(&mut chain) {
+                assert!(matches!(stop, RingStop::Wait(_)), "{stop}");
+            }
+            assert_eq!(queue.position(), Position { avail: base + 1, used: expected });
+            while queue.open(&world).push(chain.head(), 0).is_err() {}
+            while queue.open(&world).publish().is_err() {}
+            world.device_to_driver();
+            assert_eq!(slices.device.load_u16(2, Ordering::Relaxed), expected.wrapping_add(1));
+        }
+    }
+    let layout = World::new(Kind::Flat, rules, 8, 0).layout;
+    assert_eq!(DeviceQueue::at_vring_base(rules, layout, 1 << 16).unwrap_err(), LayoutError::Base { base: 1 << 16 });
+}

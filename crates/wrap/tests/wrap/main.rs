@@ -9,6 +9,7 @@ mod pool;
 mod scripted;
 #[path = "../../../vhost-user/tests/served/mod.rs"]
 mod served;
+mod stop;
 mod traffic;
 #[path = "../../../device/tests/queue/world.rs"]
 #[allow(dead_code)] // Each test folder uses a part of it.
@@ -20,7 +21,7 @@ use ringfence_policy::{Addressing, IommuMode};
 use ringfence_ring::Format;
 use ringfence_vhost_user::server::{self, Keep};
 use ringfence_wrap::{Kind, OnError, Options, Wrapped};
-use served::{Driver, Frontend, RINGS, Served};
+use served::{Driver, Frontend, PAGE, RINGS, Served};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;

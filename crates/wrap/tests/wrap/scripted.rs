@@ -97,6 +97,11 @@ impl Scripted {
         }
     }
 
+    /// How many requests there were, on all connections.
+    pub(crate) fn requests(&self) -> usize {
+        self.requests.load(Ordering::Relaxed)
+    }
+
     /// How many connections have ended.
     pub(crate) fn ended(&self) -> usize {
         self.ended.load(Ordering::Relaxed)

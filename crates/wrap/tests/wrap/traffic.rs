@@ -49,9 +49,22 @@ impl Random {
 }
 
 /// A card whose packets come back. To `ringfence wrap` it is somebody's back-end without an IOMMU.
-struct Echo {
+pub(crate) struct Echo {
     packets: Mutex<VecDeque<Vec<u8>>>,
     arrived: OwnedFd,
+}
+
+impl Echo {
+    pub(crate) fn new() -> Self {
+        let arrived = new_eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
+        Self { packets: Mutex::default(), arrived }
+    }
+
+    /// Something is there for whoever receives.
+    pub(crate) fn receive(&self, packet: Vec<u8>) {
+        self.packets.lock().unwrap().push_back(packet);
+        eventfd::ring(self.arrived.as_fd());
+    }
 }
 
 impl Device for Echo {
@@ -167,8 +180,7 @@ impl Handler for Sending {
         self.random.doze();
         let mut packet = vec![0; request.readable.len() as usize];
         assert!(request.readable.read(0, &mut packet));
-        self.card.packets.lock().unwrap().push_back(packet);
-        eventfd::ring(self.card.arrived.as_fd());
+        self.card.receive(packet);
         Outcome::Done(0)
     }
 
@@ -178,8 +190,7 @@ impl Handler for Sending {
 }
 
 fn echo() -> Served {
-    let arrived = new_eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
-    serve_plainly(Arc::new(Echo { packets: Mutex::default(), arrived }))
+    serve_plainly(Arc::new(Echo::new()))
 }
 
 /// The bytes of a packet behind its number.
