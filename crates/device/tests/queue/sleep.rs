@@ -2,7 +2,7 @@
 
 use crate::world::{PAGE, Page, REST, World};
 use ringfence_device::queue::{Look, Queue, Report, Stopped};
-use ringfence_device::worker::{Bells, Control, VISIT, Worker};
+use ringfence_device::worker::{Bells, Control, Worker};
 use ringfence_device::{Back, Handler, Outcome, Request, Token, Unreachable, eventfd};
 use ringfence_dma::{Access, BusAddr, Fault};
 use ringfence_ring::{Descriptor, DriverQueue, Position, RingCells, Rules};
