@@ -194,20 +194,20 @@ fn perform(task: Task) -> Result<bool, String> {
             steps.step("confined devices", |log| confined::boot(workspace, true, log))
         }),
         Task::Vfio => run(workspace, false, |steps| {
-            server(workspace, steps)?;
+            server(steps)?;
             steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
             steps.step("devices by way of VFIO", |log| vfio::boot(workspace, true, log))
         }),
         Task::Cards { which } => run(workspace, false, |steps| {
-            server(workspace, steps)?;
+            server(steps)?;
             steps.step("whole PCI functions", |log| cards::boot(workspace, which, true, log))
         }),
         Task::Wrapped { which } => run(workspace, false, |steps| {
-            server(workspace, steps)?;
+            server(steps)?;
             steps.step("wrapped back-ends", |log| wrapped::boot(workspace, which, true, log))
         }),
         Task::Report { picture } => run(workspace, false, |steps| {
-            server(workspace, steps)?;
+            server(steps)?;
             match &picture {
                 None => steps.step("the report in a browser", |log| report::run(workspace, log)),
                 Some(path) => steps.step("a picture", |log| report::picture(workspace, log, path)),
@@ -217,7 +217,7 @@ fn perform(task: Task) -> Result<bool, String> {
             run(workspace, false, |steps| steps.step("instructions", |log| instructions::run(workspace, log)))
         }
         Task::GuestSpeed { speed } => run(workspace, false, |steps| {
-            server(workspace, steps)?;
+            server(steps)?;
             steps.step("guest speed", |log| guest_speed::run(workspace, &speed, log))
         }),
         Task::Bit33 => run(workspace, false, |steps| steps.step("bit 33", |_| bit33::run(workspace))),
@@ -233,9 +233,8 @@ fn run(workspace: &Workspace, keep_going: bool, steps: impl FnOnce(&Steps) -> Ru
 
 /// Cheap steps first: who broke the formatting need not wait for a guest to learn it.
 ///
-/// The rest side by side in two lanes, for one processor is often not enough to do: while a crate is linked, a test sleeps or
-/// a guest with one processor boots. Cargo locks a target folder, so what runs beside the workspace's own builds builds
-/// elsewhere.
+/// The rest in two lanes side by side: while a crate is linked, a test sleeps or a guest with one processor boots, another
+/// processor would have nothing to do. Cargo locks a target folder, so what runs beside the workspace's builds builds elsewhere.
 fn test(workspace: &Workspace, steps: &Steps, guests: &GuestArgs) -> Run {
     prefetch::begin(workspace, guests);
     steps.cargo("formatting", &["fmt", "--all", "--", "--check"], &[])?;
@@ -250,7 +249,7 @@ fn in_the_workspace(workspace: &Workspace, steps: &Steps) -> Run {
     steps.cargo("lints", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
     steps.cargo("documentation", &["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])?;
     steps.cargo("tests", &["test", "--workspace"], &[])?;
-    server(workspace, steps)?;
+    // Cargo has built the server for its tests.
     for name in ["demo", "matrix"] {
         steps.step(name, |log| {
             log.run(Command::new(workspace.ringfence()).arg(name).current_dir(&workspace.root))?;
@@ -283,14 +282,13 @@ fn small_guests(workspace: &Workspace, steps: &Steps, guests: &GuestArgs) -> Run
     steps.step("wrapped back-ends", |log| wrapped::boot(workspace, wrapped::Which::Folders, guests.no_skip(), log))
 }
 
-fn server(workspace: &Workspace, steps: &Steps) -> Run {
-    let arguments = ["build", "-p", "ringfence", "--release"];
-    steps.cargo("the server", if workspace.with_assertions { &arguments[..3] } else { &arguments }, &[])
+fn server(steps: &Steps) -> Run {
+    steps.cargo("the server", &["build", "-p", "ringfence", "--release"], &[])
 }
 
 fn boots(workspace: &Workspace, steps: &Steps, guests: &GuestArgs) -> Run {
     if guests.needs_our_server() && !workspace.with_assertions {
-        server(workspace, steps)?;
+        server(steps)?;
     }
     steps.step("real guests", |log| guests::run(workspace, guests, log))
 }
