@@ -23,6 +23,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("wrap", &["policy", "dma", "ring", "hostmem", "device", "vhost-user"]),
     ("matrix", &["policy", "dma", "ring", "iommu", "device", "driver", "vhost-user", "wrap", "guests"]),
     ("guests", &[]),
+    ("cost", &["dma", "ring", "iotlb", "device", "driver"]),
     ("bare-metal", &["dma", "driver"]),
     ("fuzz", &["policy", "dma", "ring", "iotlb", "hostmem", "device", "vhost-user", "wrap"]),
     (

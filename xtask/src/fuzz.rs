@@ -36,7 +36,7 @@ pub(crate) struct FuzzArgs {
 }
 
 /// Builds the fuzzer and runs what was asked for.
-pub(crate) fn run(workspace: &Workspace, steps: &mut Steps, args: &FuzzArgs) -> Run {
+pub(crate) fn run(workspace: &Workspace, steps: &Steps, args: &FuzzArgs) -> Run {
     steps.step("the fuzzer", |log| build(workspace, log))?;
     for (name, _) in ringfence_fuzz::TARGETS {
         if args.target.as_ref().is_none_or(|target| target == name) {

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::Workspace;
-use crate::steps::{Log, Pass, StepResult};
+use crate::steps::{Log, Pass, StepResult, cargo};
 
 /// What is counted, and how much it was when it was last looked at.
 struct Count {
@@ -19,21 +19,17 @@ struct Count {
     expected: f64,
 }
 
-/// An example program whose inner loop is counted.
+/// A program of `ringfence-cost` whose inner loop is counted.
 struct Program {
-    package: &'static str,
-    example: &'static str,
+    name: &'static str,
     /// The functions in which callgrind counts.
     counted: &'static str,
     /// Enough requests for what happens once not to count.
     requests: u32,
 }
 
-const DEVICE: Program =
-    Program { package: "ringfence-vhost-user", example: "requests", counted: "*requests::serve*", requests: 64_000 };
-
-const DRIVER: Program =
-    Program { package: "ringfence-hal", example: "cost", counted: "*cost::driver_*", requests: 64_000 };
+const DEVICE: Program = Program { name: "requests", counted: "*requests::serve*", requests: 64_000 };
+const DRIVER: Program = Program { name: "drivers", counted: "*drivers::driver_*", requests: 64_000 };
 
 const fn device(name: &'static str, arguments: &'static [&'static str], expected: f64) -> Count {
     Count { name, program: &DEVICE, arguments, expected }
@@ -64,15 +60,12 @@ pub(crate) fn run(workspace: &Workspace, log: &mut Log) -> StepResult {
     if !there.is_ok_and(|status| status.success()) {
         return Ok(Pass::Skipped("there is no valgrind here; install it to count instructions".into()));
     }
-    for Program { package, example, .. } in [&DEVICE, &DRIVER] {
-        let build = ["build", "--release", "-p", package, "--example", example];
-        log.run(Command::new(env!("CARGO")).args(build).current_dir(&workspace.root))?;
-    }
-    let examples = workspace.target.join("release/examples");
+    log.run(cargo(&workspace.root).args(["build", "--release", "-p", "ringfence-cost"]))?;
+    let programs = workspace.target.join("release");
     let counts = workspace.target.join("xtask/callgrind.out");
     let (mut told, mut wrong) = (Vec::new(), Vec::new());
     for count @ &Count { name, expected, .. } in EXPECTED {
-        let counted = count.run(&examples, &counts, log)?;
+        let counted = count.run(&programs, &counts, log)?;
         log.line(format_args!("{name}: {counted:.0} instructions a request, {expected:.0} expected"));
         if (counted / expected - 1.0).abs() > TOLERANCE {
             wrong.push(format!("{name}: {counted:.0} instructions a request instead of {expected:.0}"));
@@ -90,12 +83,12 @@ pub(crate) fn run(workspace: &Workspace, log: &mut Log) -> StepResult {
 
 impl Count {
     /// The instructions of a request.
-    fn run(&self, examples: &Path, counts: &Path, log: &mut Log) -> Result<f64, String> {
-        let Program { example, counted, requests, .. } = *self.program;
+    fn run(&self, programs: &Path, counts: &Path, log: &mut Log) -> Result<f64, String> {
+        let Program { name, counted, requests } = *self.program;
         let mut command = Command::new("valgrind");
         command.args(["-q", "--tool=callgrind", "--collect-atstart=no", &format!("--toggle-collect={counted}")]);
         command.arg(format!("--callgrind-out-file={}", counts.display()));
-        command.arg(examples.join(example)).args(self.arguments);
+        command.arg(programs.join(name)).args(self.arguments);
         log.run(&mut command)?;
         let text = fs::read_to_string(counts).map_err(|error| format!("{}: {error}", counts.display()))?;
         let total = text.lines().find_map(|line| line.strip_prefix("totals: ")?.trim().parse::<f64>().ok());

@@ -194,20 +194,20 @@ fn perform(task: Task) -> Result<bool, String> {
             steps.step("confined devices", |log| confined::boot(workspace, true, log))
         }),
         Task::Vfio => run(workspace, false, |steps| {
-            server(workspace, steps)?;
+            server(steps)?;
             steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
             steps.step("devices by way of VFIO", |log| vfio::boot(workspace, true, log))
         }),
         Task::Cards { which } => run(workspace, false, |steps| {
-            server(workspace, steps)?;
+            server(steps)?;
             steps.step("whole PCI functions", |log| cards::boot(workspace, which, true, log))
         }),
         Task::Wrapped { which } => run(workspace, false, |steps| {
-            server(workspace, steps)?;
+            server(steps)?;
             steps.step("wrapped back-ends", |log| wrapped::boot(workspace, which, true, log))
         }),
         Task::Report { picture } => run(workspace, false, |steps| {
-            server(workspace, steps)?;
+            server(steps)?;
             match &picture {
                 None => steps.step("the report in a browser", |log| report::run(workspace, log)),
                 Some(path) => steps.step("a picture", |log| report::picture(workspace, log, path)),
@@ -217,32 +217,53 @@ fn perform(task: Task) -> Result<bool, String> {
             run(workspace, false, |steps| steps.step("instructions", |log| instructions::run(workspace, log)))
         }
         Task::GuestSpeed { speed } => run(workspace, false, |steps| {
-            server(workspace, steps)?;
+            server(steps)?;
             steps.step("guest speed", |log| guest_speed::run(workspace, &speed, log))
         }),
         Task::Bit33 => run(workspace, false, |steps| steps.step("bit 33", |_| bit33::run(workspace))),
     })
 }
 
-fn run(workspace: &Workspace, keep_going: bool, steps: impl FnOnce(&mut Steps) -> Run) -> bool {
-    let mut all = Steps::new(workspace, keep_going);
+fn run(workspace: &Workspace, keep_going: bool, steps: impl FnOnce(&Steps) -> Run) -> bool {
+    let all = Steps::new(workspace, keep_going);
     // A step that stops the run has told why, and is counted.
-    let _ = steps(&mut all);
+    let _ = steps(&all);
     all.summary()
 }
 
 /// Cheap steps first: who broke the formatting need not wait for a guest to learn it.
-fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
-    const DENY: &str = "-D warnings";
+///
+/// The rest in two lanes side by side: while a crate is linked, a test sleeps or a guest with one processor boots, another
+/// processor would have nothing to do. Cargo locks a target folder, so what runs beside the workspace's builds builds elsewhere.
+fn test(workspace: &Workspace, steps: &Steps, guests: &GuestArgs) -> Run {
     prefetch::begin(workspace, guests);
     steps.cargo("formatting", &["fmt", "--all", "--", "--check"], &[])?;
     steps.step("bit 33 is named in policy alone", |_| bit33::run(workspace))?;
     steps.step("crates use what they may", |_| arrows::run(workspace))?;
+    steps.side_by_side(|| built_apart(workspace, steps, guests), || in_the_workspace(workspace, steps))?;
+    steps.side_by_side(|| small_guests(workspace, steps, guests), || boots(workspace, steps, guests))
+}
+
+/// What cargo does in the workspace's own target folder, and what takes only the server that comes of it.
+fn in_the_workspace(workspace: &Workspace, steps: &Steps) -> Run {
     steps.cargo("lints", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
+    steps.cargo("documentation", &["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])?;
+    steps.cargo("tests", &["test", "--workspace"], &[])?;
+    // Cargo has built the server for its tests.
+    for name in ["demo", "matrix"] {
+        steps.step(name, |log| {
+            log.run(Command::new(workspace.ringfence()).arg(name).current_dir(&workspace.root))?;
+            Ok(Pass::Whole(String::new()))
+        })?;
+    }
+    steps.step("the report in a browser", |log| report::run(workspace, log))
+}
+
+/// What builds in folders of its own, and boots what came of it.
+fn built_apart(workspace: &Workspace, steps: &Steps, guests: &GuestArgs) -> Run {
     steps.step("no_std builds", |log| no_std::run(workspace, log))?;
     steps.step("kernels of ours", |log| old_driver::build(workspace, log))?;
-    steps.cargo("documentation", &["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", DENY)])?;
-    steps.cargo("tests", &["test", "--workspace"], &[])?;
+    steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
     let loom = workspace.target.join("loom").display().to_string();
     steps.cargo(
         "every order of events",
@@ -250,31 +271,24 @@ fn test(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
         // Other flags in the same folder would build everything anew, twice.
         &[("RUSTFLAGS", "--cfg loom"), ("CARGO_TARGET_DIR", &loom)],
     )?;
-    server(workspace, steps)?;
-    for name in ["demo", "matrix"] {
-        steps.step(name, |log| {
-            log.run(Command::new(workspace.ringfence()).arg(name).current_dir(&workspace.root))?;
-            Ok(Pass::Whole(String::new()))
-        })?;
-    }
     steps.step("instructions a request", |log| instructions::run(workspace, log))?;
-    steps.step("confined devices", |log| confined::boot(workspace, guests.no_skip(), log))?;
-    steps.step("the user-space driver", |log| vfio::build(workspace, log))?;
+    steps.step("confined devices", |log| confined::boot(workspace, guests.no_skip(), log))
+}
+
+/// Guests that come one at a time, or are few.
+fn small_guests(workspace: &Workspace, steps: &Steps, guests: &GuestArgs) -> Run {
     steps.step("devices by way of VFIO", |log| vfio::boot(workspace, guests.no_skip(), log))?;
-    steps.step("the report in a browser", |log| report::run(workspace, log))?;
-    boots(workspace, steps, guests)?;
     steps.step("whole PCI functions", |log| cards::boot(workspace, Which::One, guests.no_skip(), log))?;
     steps.step("wrapped back-ends", |log| wrapped::boot(workspace, wrapped::Which::All, guests.no_skip(), log))
 }
 
-fn server(workspace: &Workspace, steps: &mut Steps) -> Run {
-    let arguments = ["build", "-p", "ringfence", "--release"];
-    steps.cargo("the server", if workspace.with_assertions { &arguments[..3] } else { &arguments }, &[])
+fn server(steps: &Steps) -> Run {
+    steps.cargo("the server", &["build", "-p", "ringfence", "--release"], &[])
 }
 
-fn boots(workspace: &Workspace, steps: &mut Steps, guests: &GuestArgs) -> Run {
+fn boots(workspace: &Workspace, steps: &Steps, guests: &GuestArgs) -> Run {
     if guests.needs_our_server() && !workspace.with_assertions {
-        server(workspace, steps)?;
+        server(steps)?;
     }
     steps.step("real guests", |log| guests::run(workspace, guests, log))
 }

@@ -1,12 +1,14 @@
-//! A run of steps: one heading and one time each, a log each, a summary.
+//! A run of steps: one heading and one time each, a log each, a summary. Two lanes of them may run side by side.
 
-use std::fmt;
 use std::fs::{self, File};
 use std::io::Write;
 use std::ops::ControlFlow;
+use std::panic;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use std::{fmt, thread};
 
 use crate::Workspace;
 
@@ -15,6 +17,11 @@ pub(crate) type Run = ControlFlow<()>;
 
 /// How many lines of a failed step's log are shown.
 const SHOWN: usize = 60;
+
+/// How a step ended.
+const OK: &str = "ok";
+const SKIPPED: &str = "SKIPPED";
+const FAILED: &str = "FAILED";
 
 /// How a step ended, or why it failed.
 pub(crate) type StepResult = Result<Pass, String>;
@@ -72,10 +79,11 @@ impl Log {
     }
 }
 
-struct Done {
+/// A step that has begun.
+struct Begun {
     name: String,
-    time: Duration,
-    word: &'static str,
+    /// Its time, and how it ended, once it has.
+    end: Option<(Duration, &'static str)>,
 }
 
 /// The steps so far.
@@ -84,17 +92,28 @@ pub(crate) struct Steps {
     logs: PathBuf,
     keep_going: bool,
     started: Instant,
-    done: Vec<Done>,
+    begun: Mutex<Vec<Begun>>,
 }
 
 impl Steps {
     pub(crate) fn new(workspace: &Workspace, keep_going: bool) -> Self {
-        let logs = workspace.target.join("xtask");
-        Self { root: workspace.root.clone(), logs, keep_going, started: Instant::now(), done: Vec::new() }
+        let (root, logs) = (workspace.root.clone(), workspace.target.join("xtask"));
+        Self { root, logs, keep_going, started: Instant::now(), begun: Mutex::default() }
+    }
+
+    /// Runs two lanes of steps side by side, and waits for both. Where a step stops the run, the other lane's step comes to its
+    /// end, and begins no other.
+    pub(crate) fn side_by_side(&self, one: impl FnOnce() -> Run + Send, other: impl FnOnce() -> Run) -> Run {
+        thread::scope(|scope| {
+            let one = scope.spawn(one);
+            let other = other();
+            let one = one.join().unwrap_or_else(|reason| panic::resume_unwind(reason));
+            if one.is_break() { one } else { other }
+        })
     }
 
     /// Runs cargo as a step.
-    pub(crate) fn cargo(&mut self, name: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Run {
+    pub(crate) fn cargo(&self, name: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Run {
         let mut command = cargo(&self.root);
         command.args(arguments).envs(environment.iter().copied());
         self.step(name, |log| {
@@ -104,46 +123,62 @@ impl Steps {
     }
 
     /// Runs one step, and tells its name, time and end.
-    pub(crate) fn step(&mut self, name: &str, work: impl FnOnce(&mut Log) -> StepResult) -> Run {
-        let number = self.done.len() + 1;
-        say(&format!("==> {number}. {name}"));
+    pub(crate) fn step(&self, name: &str, work: impl FnOnce(&mut Log) -> StepResult) -> Run {
+        let Some(place) = self.begin(name) else { return Run::Break(()) };
         let started = Instant::now();
-        let path = self.logs.join(format!("{number:02}-{}.log", name.replace(' ', "-")));
+        let path = self.logs.join(format!("{}.log", name.replace(' ', "-")));
         let result = open(&path).and_then(|mut log| work(&mut log));
         let time = started.elapsed();
+        // Each is said at once: another step may have something to say, too.
         let word = match &result {
             Ok(Pass::Whole(told)) => {
                 let told = if told.is_empty() { String::new() } else { format!(": {told}") };
-                say(&format!("    ok, {}{told}", Seconds(time)));
-                "ok"
+                say(&format!("    ok, {}: {name}{told}", Seconds(time)));
+                OK
             }
             Ok(Pass::Skipped(told)) => {
-                say(&format!("    SKIPPED: {told}"));
-                "SKIPPED"
+                say(&format!("    SKIPPED: {name}: {told}"));
+                SKIPPED
             }
             Err(reason) => {
-                say(&shown(&path));
-                say(&format!("    FAILED, {}: step '{name}': {reason}", Seconds(time)));
-                say(&format!("    log: {}", path.display()));
-                "FAILED"
+                let failed = format!("    FAILED, {}: step '{name}': {reason}", Seconds(time));
+                say(&format!("{}\n{failed}\n    log: {}", shown(&path), path.display()));
+                FAILED
             }
         };
-        self.done.push(Done { name: name.to_owned(), time, word });
+        self.begun()[place].end = Some((time, word));
         if result.is_err() && !self.keep_going { Run::Break(()) } else { Run::Continue(()) }
+    }
+
+    /// Tells that a step begins, and where it is among all; not where another one has stopped the run.
+    fn begin(&self, name: &str) -> Option<usize> {
+        let mut begun = self.begun();
+        let failed = begun.iter().any(|step| step.end.is_some_and(|(_, word)| word == FAILED));
+        if failed && !self.keep_going {
+            return None;
+        }
+        begun.push(Begun { name: name.to_owned(), end: None });
+        say(&format!("==> {}. {name}", begun.len()));
+        Some(begun.len() - 1)
+    }
+
+    fn begun(&self) -> MutexGuard<'_, Vec<Begun>> {
+        self.begun.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Prints what became of each step; true if none failed.
     pub(crate) fn summary(&self) -> bool {
+        let begun = self.begun();
+        let ended = || begun.iter().filter_map(|step| step.end.map(|(time, word)| (&*step.name, time, word)));
         say("");
-        for Done { name, time, word } in &self.done {
-            say(&format!("{word:>9}  {:>9}  {name}", Seconds(*time).to_string()));
+        for (name, time, word) in ended() {
+            say(&format!("{word:>9}  {:>9}  {name}", Seconds(time).to_string()));
         }
         let those = |wanted: &str| {
-            let names: Vec<_> =
-                self.done.iter().filter(|step| step.word == wanted).map(|step| step.name.as_str()).collect();
+            let names: Vec<_> = ended().filter(|(_, _, word)| *word == wanted).map(|(name, ..)| name).collect();
             names.join(", ")
         };
-        let (failed, skipped) = (those("FAILED"), those("SKIPPED"));
+        let (failed, skipped) = (those(FAILED), those(SKIPPED));
         let total = Seconds(self.started.elapsed());
         if !failed.is_empty() {
             say(&format!("Failed after {total}: {failed}. Logs: {}", self.logs.display()));
@@ -212,6 +247,8 @@ fn tests_in(log: &Path) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Barrier;
+
     use super::*;
 
     #[test]
@@ -221,18 +258,72 @@ mod tests {
         assert_eq!(Seconds(Duration::from_secs(725)).to_string(), "12 min 05 s");
     }
 
-    #[test]
-    fn a_failed_step_stops_the_run_unless_told() {
+    fn in_a_folder() -> (tempfile::TempDir, Workspace) {
         let folder = tempfile::tempdir().unwrap();
         let workspace =
             Workspace { root: folder.path().to_owned(), target: folder.path().to_owned(), with_assertions: false };
+        (folder, workspace)
+    }
+
+    const GOOD: fn(&mut Log) -> StepResult = |_| Ok(Pass::Whole(String::new()));
+    const BAD: fn(&mut Log) -> StepResult = |_| Err("why".to_owned());
+
+    #[test]
+    fn a_failed_step_stops_the_run_unless_told() {
+        let (folder, workspace) = in_a_folder();
         for (keep_going, expected) in [(false, Run::Break(())), (true, Run::Continue(()))] {
-            let mut steps = Steps::new(&workspace, keep_going);
-            assert_eq!(steps.step("good one", |_| Ok(Pass::Whole(String::new()))), Run::Continue(()));
-            assert_eq!(steps.step("bad one", |_| Err("why".to_owned())), expected);
+            let steps = Steps::new(&workspace, keep_going);
+            assert_eq!(steps.step("good one", GOOD), Run::Continue(()));
+            assert_eq!(steps.step("bad one", BAD), expected);
             assert!(!steps.summary());
-            assert!(folder.path().join("xtask/02-bad-one.log").exists());
+            assert!(folder.path().join("xtask/bad-one.log").exists());
         }
+    }
+
+    #[test]
+    fn a_failed_step_stops_the_lane_beside_it_unless_told() {
+        let (_folder, workspace) = in_a_folder();
+        for (keep_going, expected) in [(false, Run::Break(())), (true, Run::Continue(()))] {
+            let (steps, both) = (&Steps::new(&workspace, keep_going), &Barrier::new(2));
+            // Both have begun before the one fails, and the other ends after that.
+            let bad = || {
+                let run = steps.step("bad one", |log| {
+                    both.wait();
+                    BAD(log)
+                });
+                both.wait();
+                run
+            };
+            let beside = || {
+                steps.step("good one", |log| {
+                    both.wait();
+                    both.wait();
+                    GOOD(log)
+                })?;
+                steps.step("next one", GOOD)
+            };
+            assert_eq!(steps.side_by_side(bad, beside), expected);
+            assert!(!steps.summary());
+            let begun = steps.begun();
+            assert!(begun.iter().all(|step| step.end.is_some()), "both lanes came to their ends");
+            assert_eq!(begun.iter().any(|step| step.name == "next one"), keep_going);
+        }
+    }
+
+    #[test]
+    fn lanes_run_at_the_same_time() {
+        let (_folder, workspace) = in_a_folder();
+        let (steps, both) = (&Steps::new(&workspace, false), &Barrier::new(2));
+        let lane = |name: &'static str| {
+            move || {
+                steps.step(name, |log| {
+                    both.wait();
+                    GOOD(log)
+                })
+            }
+        };
+        assert_eq!(steps.side_by_side(lane("one"), lane("other")), Run::Continue(()));
+        assert!(steps.summary());
     }
 
     #[test]

@@ -9,9 +9,9 @@
 //! itself, or a whole `batch`):
 //!
 //! ```sh
-//! cargo build --release -p ringfence-hal --example cost
-//! valgrind --tool=callgrind --collect-atstart=no '--toggle-collect=*cost::driver_*' --callgrind-out-file=cost.out \
-//!     target/release/examples/cost ours split direct batch
+//! cargo build --release -p ringfence-cost --bin drivers
+//! valgrind --tool=callgrind --collect-atstart=no '--toggle-collect=*drivers::driver_*' --callgrind-out-file=drivers.out \
+//!     target/release/drivers ours split direct batch
 //! ```
 //!
 //! The count that callgrind ends with is for [`REQUESTS`] requests.
