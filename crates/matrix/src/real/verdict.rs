@@ -64,8 +64,18 @@ fn wrong(seen: &Seen) -> Option<String> {
     if guest.written.is_some() && guest.errors.is_empty() && seen.image != ImageState::Written {
         return Some("the image on the host does not hold what the guest wrote".into());
     }
-    let line = seen.damage_lines().first().map(|line| format!("the guest's memory is damaged: {line}"))?;
+    let damaged = seen.damage_lines().first().map(|line| format!("the guest's memory is damaged: {line}"));
+    let line = damaged.or_else(|| strayed(seen))?;
     Some(line + &unheard(seen).map(|words| format!("; {words}")).unwrap_or_default())
+}
+
+/// That our server took other memory for the driver's ring. These drivers break no ring; what lies where a ring was that was
+/// taken away, and the server was told of nothing, is somebody else's.
+fn strayed(seen: &Seen) -> Option<String> {
+    let server = seen.server.as_ref()?;
+    let deaf = seen.iommu().amd_invalidations > 0 && server.counts?.invalidations == 0;
+    let line = server.complaints.iter().find(|line| line.contains("the driver broke the ring"))?;
+    deaf.then(|| format!("the device took other memory for the driver's ring: {}", line.trim()))
 }
 
 /// That the guest took pages away, and our server was told of none.
@@ -372,6 +382,19 @@ mod tests {
         {
             let seen = on("x86-amd", &format!("{line}\nKernel panic - not syncing: Fatal exception"));
             check(Verdict::Corrupts, seen, |seen| seen.image = ImageState::Untouched);
+        }
+        for (taken, told, verdict) in
+            [(300, 0, Verdict::Corrupts), (300, 300, Verdict::FailsSilently), (0, 0, Verdict::FailsSilently)]
+        {
+            check(verdict, on("x86-amd", "RINGFENCE disk=stuck"), |seen| {
+                seen.image = ImageState::Untouched;
+                seen.outcome.iommu.amd_invalidations = taken;
+                let counts = Some(Counts { misses: 6, updates: 8, invalidations: told, faults: 0 });
+                let complaints =
+                    vec!["ERROR queue stopped: the driver broke the ring: a chain has no bytes".to_owned()];
+                let (flag, refusal, ring) = (Some(true), None, None);
+                seen.server = Some(Server { flag, refusal, counts, ring, complaints, serves_on: false, end: Ok(()) });
+            });
         }
     }
 
