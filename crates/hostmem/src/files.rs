@@ -64,6 +64,7 @@ impl Files {
 
     /// As [`Region::take_away`](crate::Region::take_away), all of them.
     pub fn take_away(&self) -> bool {
+        // All, also after one that could not be.
         self.files().filter(|file| !file.take_away()).count() == 0
     }
 

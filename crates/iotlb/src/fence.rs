@@ -43,6 +43,12 @@ enum Wait {
     Lease(Held),
 }
 
+/// How long a fence is waited for at a time, by who may have to take memory away.
+const STEP: Duration = Duration::from_millis(50);
+
+/// How long those are waited for that memory has been taken away from.
+pub const LOST_PATIENCE: Duration = Duration::from_secs(1);
+
 impl Fence {
     /// One that has passed.
     #[inline]
@@ -118,6 +124,34 @@ impl Fence {
                 return Err(Stuck { first: self.first, last: self.last, visits, leases });
             }
             pause.pause();
+        }
+        Ok(())
+    }
+
+    /// As [`Fence::wait`], where memory itself may not answer, so that a visit to it does not end. After `patience`, or at once
+    /// when `is_in_a_hurry`, `take_away` takes it from everybody, and says whether it could; those in it have
+    /// [`LOST_PATIENCE`] then. As long as it could not there is nothing but to wait, and it is called anew after `patience`.
+    ///
+    /// # Errors
+    /// [`Stuck`]: all was taken away, and somebody is in it still.
+    pub fn wait_or_take_away(
+        mut self,
+        patience: Duration,
+        is_in_a_hurry: impl Fn() -> bool,
+        mut take_away: impl FnMut(Stuck) -> bool,
+    ) -> Result<(), Stuck> {
+        let (mut since, mut hurried) = (Instant::now(), false);
+        while let Err(stuck) = self.wait_for(STEP) {
+            // Once: a hurry does not end.
+            let hurries = !hurried && is_in_a_hurry();
+            if !hurries && since.elapsed() < patience {
+                continue;
+            }
+            hurried |= hurries;
+            if take_away(stuck) {
+                return self.wait_for(LOST_PATIENCE);
+            }
+            since = Instant::now();
         }
         Ok(())
     }

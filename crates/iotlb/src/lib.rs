@@ -47,7 +47,7 @@ mod table;
 mod view;
 mod word;
 
-pub use fence::{Fence, Stuck};
+pub use fence::{Fence, LOST_PATIENCE, Stuck};
 pub use iotlb::{Ask, Iotlb, Options, Question, Refused, Replies, Statistics, Unasked, Unmapped, Wake};
 pub use lease::{LEASES, Lease};
 pub use questions::{REFUSALS, UNANSWERED};

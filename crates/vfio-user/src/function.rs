@@ -10,7 +10,7 @@ mod msix;
 mod queue;
 
 use crate::event::Event;
-use crate::memory::{LOST_PATIENCE, Memory};
+use crate::memory::Memory;
 use crate::session::Options;
 use crate::wire::Subregion;
 use common::{Common, Effect};
@@ -22,6 +22,7 @@ use queue::{Queue, Start};
 use ringfence_device::Device;
 use ringfence_device::worker::VISIT;
 use ringfence_driver::pci::common::NO_VECTOR;
+use ringfence_iotlb::LOST_PATIENCE;
 use ringfence_policy::{Addressing, Refusal};
 use ringfence_vhost_user::Limit;
 use ringfence_vhost_user::session::{bits, rules_of};

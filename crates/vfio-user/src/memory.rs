@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How many DMA maps may be valid at once: what the protocol has where nobody says otherwise.
 pub const MAX_MAPS: usize = 65535;
@@ -19,9 +19,6 @@ pub const MAX_MAPS: usize = 65535;
 /// How long a fence is waited for in all. A visit takes microseconds, unless the memory itself does not answer; and QEMU
 /// waits five seconds for an answer.
 const FENCE_PATIENCE: Duration = Duration::from_secs(3);
-
-/// How long those are waited for that memory has been taken away from.
-pub(crate) const LOST_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What the function may reach. Each grant that has a file is a translation; the others are in a table of their own.
 pub(crate) struct Memory {
@@ -238,21 +235,17 @@ impl Memory {
     }
 
     /// Waits until no byte moves any more on the strength of what was taken away.
-    fn wait(&self, mut fence: Fence, hurry: BorrowedFd<'_>) {
-        let (mut since, mut hurries) = (Instant::now(), false);
-        while let Err(stuck) = fence.wait_for(Duration::from_millis(50)) {
-            let may_hurry = !std::mem::replace(&mut hurries, crate::server::is_readable(hurry)) && hurries;
-            if !self.is_gone() && (since.elapsed() >= FENCE_PATIENCE || may_hurry) {
+    fn wait(&self, fence: Fence, hurry: BorrowedFd<'_>) {
+        let gone = self.is_gone();
+        let patience = if gone { Duration::ZERO } else { FENCE_PATIENCE };
+        let take_away = |stuck| {
+            gone || {
                 tracing::error!("the client waits for its own memory: {stuck}");
-                self.take_away();
-                since = Instant::now();
+                self.take_away()
             }
-            if self.is_gone() {
-                if fence.wait_for(LOST_PATIENCE).is_err() {
-                    self.leave_behind();
-                }
-                return;
-            }
+        };
+        if fence.wait_or_take_away(patience, || crate::server::is_readable(hurry), take_away).is_err() {
+            self.leave_behind();
         }
     }
 

@@ -13,7 +13,7 @@ use ringfence_device::Device;
 use ringfence_device::worker::VISIT;
 use ringfence_dma::{BusAddr, FrontendVa, HostSlice, Permission};
 use ringfence_hostmem::{MAX_REGIONS, MapError, Placement, Regions};
-use ringfence_iotlb::{self as iotlb, Fence, Iotlb, Refused, Replies, Unmapped};
+use ringfence_iotlb::{self as iotlb, Fence, Iotlb, LOST_PATIENCE, Refused, Replies, Unmapped};
 use ringfence_policy::{Addressing, IommuMode, Refusal};
 use ringfence_ring::{Format, Indirect, Notifications, Rules};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -63,15 +63,9 @@ const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(ProtocolFeatures::STATUS);
 
-/// How long a fence is waited for at a time. A visit takes microseconds; one that takes longer waits for memory that does
-/// not answer.
-const FENCE_STEP: Duration = Duration::from_millis(50);
-
-/// How long it is waited for in all: long enough for a busy host to let a thread run.
+/// How long a fence is waited for. A visit takes microseconds; one that takes longer waits for memory that does not answer,
+/// or for a busy host to let a thread run.
 const FENCE_PATIENCE: Duration = Duration::from_secs(10);
-
-/// How long those are waited for that memory has been taken away from.
-const LOST_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What an operator decides about a device.
 #[derive(Clone, Copy, Debug)]
@@ -541,21 +535,17 @@ impl Session {
     }
 
     /// Waits until no byte moves any more on the strength of what was taken away.
-    fn wait(&self, mut fence: Fence) {
-        let (mut since, mut hurries) = (Instant::now(), false);
-        while let Err(stuck) = fence.wait_for(FENCE_STEP) {
-            let may_hurry = !std::mem::replace(&mut hurries, self.is_in_a_hurry()) && hurries;
-            if !self.memory_gone.get() && (since.elapsed() >= FENCE_PATIENCE || may_hurry) {
+    fn wait(&self, fence: Fence) {
+        let gone = self.memory_gone.get();
+        let patience = if gone { Duration::ZERO } else { FENCE_PATIENCE };
+        let take_away = |stuck| {
+            gone || {
                 tracing::error!("the front-end waits for its own memory: {stuck}");
-                self.take_memory_away();
-                since = Instant::now();
+                self.take_memory_away()
             }
-            if self.memory_gone.get() {
-                if fence.wait_for(LOST_PATIENCE).is_err() {
-                    self.leave_memory_behind();
-                }
-                return;
-            }
+        };
+        if fence.wait_or_take_away(patience, || self.is_in_a_hurry(), take_away).is_err() {
+            self.leave_memory_behind();
         }
     }
 
