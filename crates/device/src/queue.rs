@@ -357,20 +357,25 @@ impl<M: Memory> Queue<M> {
         if repeats {
             unended.extend(finished.iter().map(|finished| (finished.arrival, finished.head)));
         }
-        unended.sort_unstable_by_key(|&(arrival, _)| arrival);
-        let mut entries = 0;
-        while let Some((arrival, head)) = unended.pop()
-            && arrival + 1 == arrived
-        {
-            arrived = arrival;
-            entries += head.entries();
-        }
+        arrived = newest_from(arrived, unended.iter().map(|&(arrival, _)| arrival).collect());
+        let rewound = unended.iter().filter(|&&(arrival, _)| arrival >= arrived);
+        let entries = rewound.map(|(_, head)| head.entries()).sum();
         waiting.retain(|&(arrival, _)| arrival < arrived);
         finished.retain(|finished| finished.arrival < arrived);
         // The driver does not see these yet, so they are pushed again, from where it sees the ring to be.
         let finished = [unpublished, finished].concat();
         (Stopped { position: ring.rewound(entries), waiting, finished, arrived }, Leftover(handler))
     }
+}
+
+/// Of so many chains that have arrived: from which on all are among `those`.
+fn newest_from(arrived: u64, mut those: Vec<u64>) -> u64 {
+    those.sort_unstable();
+    let mut from = arrived;
+    while those.pop().is_some_and(|arrival| arrival + 1 == from) {
+        from -= 1;
+    }
+    from
 }
 
 /// A ring that lacks a translation is waited for; nothing else is.
@@ -666,14 +671,10 @@ impl Requests {
         if self.in_order || self.waiting.is_empty() {
             return false;
         }
-        let mut news: Vec<_> = self.waiting.iter().map(|&token| &self.slots[usize::from(token)]).collect();
-        news.retain(|slot| slot.stage == Stage::New);
-        news.sort_unstable_by_key(|slot| slot.arrival);
+        let waiting = self.waiting.iter().map(|&token| &self.slots[usize::from(token)]);
+        let news = waiting.filter(|slot| slot.stage == Stage::New).map(|slot| slot.arrival);
         // From here on nothing was begun.
-        let mut begun = self.arrived;
-        while news.pop().is_some_and(|slot| slot.arrival + 1 == begun) {
-            begun -= 1;
-        }
+        let begun = newest_from(self.arrived, news.collect());
         let mut some = false;
         let mut at = 0;
         while let Some(&token) = self.waiting.get(at) {
@@ -807,8 +808,10 @@ impl Requests {
             self.held = None;
             return u64::MAX;
         };
-        let (_, since) =
-            *self.held.take_if(|(held, _)| *held == oldest).get_or_insert_with(|| (oldest, Instant::now()));
+        let since = match self.held {
+            Some((held, since)) if held == oldest => since,
+            _ => Instant::now(),
+        };
         if since.elapsed() < HELD {
             self.held = Some((oldest, since));
             return oldest;
