@@ -145,6 +145,13 @@ impl Translation {
         self.first <= addr && addr <= self.last
     }
 
+    /// Of the granule that `addr` is in, which lies at `host`.
+    #[inline]
+    fn of_granule(level: u32, addr: u64, host: u64, permission: Permission) -> Translation {
+        let within = granule_mask(level);
+        Translation { first: addr & !within, last: addr | within, host, permission }
+    }
+
     fn overlaps(&self, first: u64, last: u64) -> bool {
         self.first <= last && first <= self.last
     }
@@ -365,8 +372,7 @@ impl Table {
         let word = Word(slots.line(slots.place(key)).find(key)?.value.load(Acquire));
         // SAFETY: from the table, by this function's own contract.
         let (host, permission) = unsafe { word.narrow() }?.page(index(PAGES, addr), &self.origin)?;
-        let within = granule_mask(PAGES);
-        Some(Translation { first: addr & !within, last: addr | within, host, permission })
+        Some(Translation::of_granule(PAGES, addr, host, permission))
     }
 
     /// # Safety
@@ -381,15 +387,13 @@ impl Table {
                 // SAFETY: as above. A leaf holds no leaf: the recursion ends here.
                 unsafe { self.in_cluster(word, level, addr) }
             }
-            Meaning::Granule { index: at, host, permission } => (at == index(level, addr)).then(|| {
-                let first = addr & !granule_mask(level);
-                Translation { first, last: first | granule_mask(level), host, permission }
-            }),
+            Meaning::Granule { index: at, host, permission } => {
+                (at == index(level, addr)).then(|| Translation::of_granule(level, addr, host, permission))
+            }
             Meaning::Span(span) => span.0.contains(addr).then_some(span.0),
             Meaning::Row { host, permission } => {
-                let first = addr & !granule_mask(level);
                 let host = host + (u64::from(index(level, addr)) << (6 * level));
-                Some(Translation { first, last: first | granule_mask(level), host, permission })
+                Some(Translation::of_granule(level, addr, host, permission))
             }
         }
     }

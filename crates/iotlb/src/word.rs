@@ -174,12 +174,8 @@ impl Leaf<'_> {
     pub(crate) fn word(self, at: u32, origin: &Origin) -> Word {
         match self {
             Leaf::Narrow(leaf) => {
-                let half = u64::from(leaf.halves[at as usize].load(Acquire));
-                let rights = half >> 30;
-                if rights == 0 {
-                    return Word::NOTHING;
-                }
-                Word(rights << 62 | u64::from(at) << 56 | (origin.address() + ((half & (WITHIN - 1)) << PAGE_BITS)))
+                let page = leaf.page(at, origin);
+                page.map_or(Word::NOTHING, |(host, permission)| Word::granule(at, host, permission))
             }
             Leaf::Wide(leaf) => Word(leaf.words[at as usize].load(Acquire)),
         }
