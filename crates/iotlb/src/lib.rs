@@ -42,6 +42,7 @@ mod index;
 mod iotlb;
 mod lease;
 mod questions;
+mod slots;
 mod sync;
 mod table;
 mod view;

@@ -6,6 +6,7 @@
 //! caches. What does not fit turns the leaf into a wide one. A cluster that is full, and lies in memory as it lies in bus
 //! addresses, is a *row*, and needs no leaf: its word says it all.
 
+use crate::slots::Branch;
 use crate::sync::{AtomicU32, AtomicU64};
 use crate::table::{Run, Translation};
 use ringfence_dma::Permission;
@@ -24,6 +25,7 @@ pub(crate) struct Span(pub(crate) Translation);
 /// | 0 | 3 | 0: nothing, in a cluster that is in the index still |
 /// | 0 | 4 | address of a [`NarrowLeaf`], in a cluster's word only |
 /// | 0 | 5 | a row's host address, with what is allowed in bits 1 and 0, in a cluster's word only |
+/// | 0 | 6 | address of a [`Branch`], in a region's word only |
 ///
 /// Bit 0 of a leaf's address: it was a row. It does not become one again: where one page comes and goes all the time, making
 /// a leaf each time would be most of what that costs.
@@ -52,6 +54,7 @@ pub(crate) const LEAF: u64 = 2;
 const VACANT: u64 = 3;
 pub(crate) const NARROW: u64 = 4;
 const ROW: u64 = 5;
+pub(crate) const BRANCH: u64 = 6;
 const WAS_ROW: u64 = 1;
 
 impl Word {
@@ -116,6 +119,21 @@ impl Word {
     pub(crate) unsafe fn narrow<'t>(self) -> Option<&'t NarrowLeaf> {
         // SAFETY: made by `Word::pointer` from a box that is freed only after the visits that could see it.
         (self.0 >> 56 == NARROW).then(|| unsafe { &*self.to() })
+    }
+
+    /// The branch that this points to, if it does.
+    ///
+    /// # Safety
+    /// As for [`Word::meaning`].
+    #[inline]
+    pub(crate) unsafe fn branch<'t>(self) -> Option<&'t Branch> {
+        // SAFETY: as above.
+        (self.0 >> 56 == BRANCH).then(|| unsafe { &*self.to() })
+    }
+
+    /// Whether nothing is there, whatever the index says.
+    pub(crate) fn is_nothing(self) -> bool {
+        self == Word::NOTHING || self == Word::VACANT
     }
 
     /// What a word of a pointer's kind points to.
