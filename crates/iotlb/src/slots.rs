@@ -59,9 +59,19 @@ pub(crate) struct Slots {
     /// Odd and random, so that no guest can choose addresses that collide.
     multiplier: u64,
     shift: u32,
-    /// Whether any region has one.
-    has_branches: bool,
+    /// The regions with branches once more, each where its number says if no other is there: nearly all, for they mostly follow
+    /// each other. A reader need not hash them.
+    near: Box<[Near]>,
 }
+
+/// A branch, and of which region.
+struct Near {
+    region: u64,
+    branch: AtomicU64,
+}
+
+/// How many bytes a branch takes, with its place among the near ones.
+pub(crate) const BRANCH_BYTES: usize = size_of::<Branch>() + 2 * size_of::<Near>();
 
 /// Slots side by side: which of them has a key is found without a branch that the processor could foresee wrongly, only to
 /// learn it when the line has come from memory.
@@ -116,8 +126,8 @@ fn ask_for_huge_pages<T>(memory: &mut [MaybeUninit<T>]) {
 }
 
 impl Slots {
-    /// Slots enough for so many keys and some more, half as many at least.
-    pub(crate) fn new(keys: usize, has_branches: bool) -> Box<Slots> {
+    /// Slots enough for so many keys and some more, half as many at least; some of them regions' with branches.
+    pub(crate) fn new(keys: usize, branches: usize) -> Box<Slots> {
         let len = (keys * 3).next_power_of_two().max(FEWEST) / WAYS;
         let mut lines = Vec::with_capacity(len);
         ask_for_huge_pages(lines.spare_capacity_mut());
@@ -125,8 +135,9 @@ impl Slots {
             keys: std::array::from_fn(|_| AtomicU64::new(EMPTY)),
             values: std::array::from_fn(|_| AtomicU64::new(0)),
         }));
-        let shift = 64 - len.ilog2();
-        Box::new(Slots { lines: lines.into_boxed_slice(), multiplier: multiplier(len), shift, has_branches })
+        let near =
+            (0..branches.next_power_of_two()).map(|_| Near { region: EMPTY, branch: AtomicU64::new(0) }).collect();
+        Box::new(Slots { lines: lines.into_boxed_slice(), multiplier: multiplier(len), shift: 64 - len.ilog2(), near })
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -152,8 +163,8 @@ impl Slots {
     #[inline]
     pub(crate) unsafe fn find(&self, key: u64) -> Option<Place<'_>> {
         let (level, cluster) = split(key);
-        if self.has_branches
-            && level == PAGES
+        if level == PAGES
+            && self.has_branches()
             && let Ok(slot) = self.probe(region(cluster))
             // SAFETY: by this function's own contract.
             && let Some(branch) = unsafe { Word(slot.value.load(Acquire)).branch() }
@@ -163,21 +174,22 @@ impl Slots {
         self.probe(key).ok().map(|slot| Place { value: slot.value, branch: None })
     }
 
-    /// The word of a cluster of pages, if its slot or its region's is in the first place where it may be. Else
-    /// [`Slots::find`] knows.
+    /// The word of a cluster of pages, if it is in the first place where it may be. Else [`Slots::find`] knows.
     ///
     /// # Safety
     /// As for [`Slots::find`].
     #[inline]
-    pub(crate) unsafe fn page(&self, cluster: u64) -> Option<Word> {
-        if self.has_branches
-            && let Some(slot) = self.first(region(cluster))
+    pub(crate) unsafe fn page(&self, cluster: u64) -> Word {
+        let region = region(cluster);
+        let near = &self.near[self.near_of(region)];
+        if near.region == region
             // SAFETY: by this function's own contract.
-            && let Some(branch) = unsafe { Word(slot.value.load(Acquire)).branch() }
+            && let Some(branch) = unsafe { Word(near.branch.load(Acquire)).branch() }
         {
-            return Some(Word(branch.place(cluster).value.load(Acquire)));
+            return Word(branch.place(cluster).value.load(Acquire));
         }
-        Some(Word(self.first(key(PAGES, cluster))?.value.load(Acquire)))
+        let key = key(PAGES, cluster);
+        self.line(self.line_of(key)).find(key).map_or(Word::NOTHING, |slot| Word(slot.value.load(Acquire)))
     }
 
     /// The value of a key that has no slot yet, and gets one.
@@ -188,8 +200,13 @@ impl Slots {
     }
 
     /// Puts a word in before anybody reads.
-    pub(crate) fn put(&self, key: u64, word: Word) {
+    pub(crate) fn put(&mut self, key: u64, word: Word) {
         self.claim(key).store(word.0, Relaxed);
+        let near = self.near_of(key);
+        let near = &mut self.near[near];
+        if split(key).0 == REGIONS && near.region == EMPTY {
+            *near = Near { region: key, branch: AtomicU64::new(word.0) };
+        }
     }
 
     /// Takes a branch off that holds nothing any more, and gives the word that named it.
@@ -197,7 +214,21 @@ impl Slots {
         let Ok(slot) = self.probe(region) else { unreachable!("a branch hangs on a slot") };
         let word = Word(slot.value.load(Relaxed));
         slot.value.store(Word::NOTHING.0, Release);
+        let near = &self.near[self.near_of(region)];
+        if near.region == region {
+            near.branch.store(Word::NOTHING.0, Release);
+        }
         word
+    }
+
+    fn has_branches(&self) -> bool {
+        // One place is there in any case.
+        self.near.len() > 1 || self.near[0].region != EMPTY
+    }
+
+    #[inline]
+    fn near_of(&self, region: u64) -> usize {
+        region as usize & (self.near.len() - 1)
     }
 
     /// The slot of `key`, else the empty one where it would go. Ends because at most half of the slots have keys.
@@ -215,11 +246,6 @@ impl Slots {
             }
             at += 1;
         }
-    }
-
-    #[inline]
-    fn first(&self, key: u64) -> Option<Slot<'_>> {
-        self.line(self.line_of(key)).find(key)
     }
 
     /// In which line a key belongs, if there is room.

@@ -14,7 +14,7 @@
 //! What is unlinked is not freed but retired: see `Grace` in `iotlb.rs`.
 
 use crate::index::Index;
-use crate::slots::{Branch, MANY, Place, SLOT, Slots, key, region, split};
+use crate::slots::{BRANCH_BYTES, Branch, MANY, Place, SLOT, Slots, key, region, split};
 use crate::sync::{AtomicPtr, AtomicU32};
 use crate::word::{
     ADDRESS, BRANCH, LEAF, Leaf, Meaning, NARROW, NarrowLeaf, Origin, PAGES, SPAN, Span, WideLeaf, Word,
@@ -205,7 +205,7 @@ fn granule_mask(level: u32) -> u64 {
 impl Table {
     pub(crate) fn new() -> Table {
         Table {
-            slots: AtomicPtr::new(Box::into_raw(Slots::new(0, false))),
+            slots: AtomicPtr::new(Box::into_raw(Slots::new(0, 0))),
             levels: AtomicU32::new(0),
             origin: Origin::new(),
         }
@@ -235,8 +235,8 @@ impl Table {
         None
     }
 
-    /// The mapping of `addr` if it is a page in a narrow leaf, as nearly all are where there are many, and its cluster's slot, or
-    /// its region's, in the first place where it may be. Else [`Table::lookup`] knows.
+    /// The page of `addr` if that is in a narrow leaf, as nearly all are where there are many, and its cluster's word is in the
+    /// first place where it may be. Else nothing, and [`Table::lookup`] knows.
     ///
     /// What a processor works at ahead of memory is so many instructions: the fewer a lookup has, the more of them wait for
     /// memory at the same time.
@@ -244,13 +244,12 @@ impl Table {
     /// # Safety
     /// As for [`Table::lookup`].
     #[inline]
-    pub(crate) unsafe fn page(&self, addr: u64) -> Option<Translation> {
+    pub(crate) unsafe fn page(&self, addr: u64) -> Word {
         // SAFETY: as in `lookup`.
         let slots = unsafe { &*self.slots.load(Acquire) };
         // SAFETY: from the table, by this function's own contract; and so is the leaf.
-        let leaf = unsafe { slots.page(cluster(PAGES, addr))?.narrow() }?;
-        let (host, permission) = leaf.page(index(PAGES, addr), &self.origin)?;
-        Some(Translation::of_granule(PAGES, addr, host, permission))
+        let leaf = unsafe { slots.page(cluster(PAGES, addr)).narrow() };
+        leaf.map_or(Word::NOTHING, |leaf| leaf.page(index(PAGES, addr), &self.origin))
     }
 
     /// # Safety
@@ -565,7 +564,8 @@ impl Table {
         let regions = || pages.chunk_by(|(one, _), (next, _)| region(*one) == region(*next));
         let keys =
             others.len() + regions().map(|clusters| if crowd(clusters) { 1 } else { clusters.len() }).sum::<usize>();
-        let new = Slots::new(keys, writer.branches > 0 || regions().any(crowd));
+        let branches = writer.branches + regions().filter(|clusters| crowd(clusters)).count();
+        let mut new = Slots::new(keys, branches);
         others.iter().for_each(|&(key, word)| new.put(key, word));
         for clusters in regions() {
             if crowd(clusters) {
@@ -620,7 +620,7 @@ impl Writer {
     /// A branch that no slot names any more, as above.
     fn retire_branch(&mut self, word: Word) {
         self.branches -= 1;
-        self.retire(Retired::Branch(word.to()), size_of::<Branch>());
+        self.retire(Retired::Branch(word.to()), BRANCH_BYTES);
     }
 
     pub(crate) fn is_worth_collecting(&self) -> bool {
@@ -641,7 +641,7 @@ impl Writer {
         // Of the slots, between a sixth and a half have keys; the index is a vector, and may have room for as much again.
         (self.live - self.branched + self.branches) * 6 * SLOT
             + self.live * 2 * size_of::<u64>()
-            + self.branches * size_of::<Branch>()
+            + self.branches * BRANCH_BYTES
             + self.wide * size_of::<WideLeaf>()
             + self.narrow * size_of::<NarrowLeaf>()
             + self.spans * size_of::<Span>()

@@ -91,6 +91,12 @@ impl Word {
         self.0 & ADDRESS
     }
 
+    /// What a granule's word allows: 1 to read, 2 to write.
+    #[inline]
+    pub(crate) fn rights(self) -> u64 {
+        self.0 >> 62
+    }
+
     /// # Safety
     /// The word was read from the table, by the writer or in the visit that goes on for all of `'t`.
     #[inline]
@@ -193,7 +199,7 @@ impl Leaf<'_> {
         match self {
             Leaf::Narrow(leaf) => {
                 let page = leaf.page(at, origin);
-                page.map_or(Word::NOTHING, |(host, permission)| Word::granule(at, host, permission))
+                if page == Word::NOTHING { page } else { Word(page.0 | u64::from(at) << 56) }
             }
             Leaf::Wide(leaf) => Word(leaf.words[at as usize].load(Acquire)),
         }
@@ -270,13 +276,14 @@ impl WideLeaf {
 }
 
 impl NarrowLeaf {
-    /// Where a page's memory is, and what is allowed there.
+    /// A page's word, as if it were its cluster's first.
     #[inline]
-    pub(crate) fn page(&self, at: u32, origin: &Origin) -> Option<(u64, Permission)> {
+    pub(crate) fn page(&self, at: u32, origin: &Origin) -> Word {
         let half = u64::from(self.halves[at as usize].load(Acquire));
-        // Within 2^57: see `Origin::half`.
-        let host = origin.address().wrapping_add((half & (WITHIN - 1)) << PAGE_BITS);
-        Some((host, Word::permission(half >> 30)?))
+        let rights = half >> 30;
+        // Within 2^56: see `Origin::half`.
+        let host = || origin.address() + ((half & (WITHIN - 1)) << PAGE_BITS);
+        if rights == 0 { Word::NOTHING } else { Word(rights << 62 | host()) }
     }
 
     pub(crate) fn new() -> Box<NarrowLeaf> {
