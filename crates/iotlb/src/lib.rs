@@ -40,6 +40,7 @@ mod fence;
 mod foretold;
 mod index;
 mod iotlb;
+mod leaf;
 mod lease;
 mod questions;
 mod slots;

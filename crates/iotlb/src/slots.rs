@@ -8,8 +8,9 @@
 //! Which regions have a branch is decided when the slots are replaced. In one set of slots the word of a cluster that holds
 //! something stays where it is, and a reader looks in one place.
 
+use crate::leaf::PAGES;
 use crate::sync::{AtomicU64, AtomicUsize};
-use crate::word::{BRANCH, PAGES, Word};
+use crate::word::{BRANCH, Word};
 use rustix::mm::{Advice, madvise};
 use std::hash::{BuildHasher, RandomState};
 use std::mem::MaybeUninit;

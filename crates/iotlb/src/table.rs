@@ -14,11 +14,10 @@
 //! What is unlinked is not freed but retired: see `Grace` in `iotlb.rs`.
 
 use crate::index::Index;
+use crate::leaf::{Leaf, NarrowLeaf, Origin, PAGES, TightLeaf, WideLeaf};
 use crate::slots::{BRANCH_BYTES, Branch, MANY, Place, SLOT, Slots, key, region, split};
 use crate::sync::{AtomicPtr, AtomicU32};
-use crate::word::{
-    ADDRESS, BRANCH, LEAF, Leaf, Meaning, NARROW, NarrowLeaf, Origin, PAGES, SPAN, Span, WideLeaf, Word,
-};
+use crate::word::{ADDRESS, BRANCH, LEAF, Meaning, NARROW, SPAN, Span, Word};
 use ringfence_dma::Permission;
 use std::collections::BTreeSet;
 use std::iter;
@@ -74,6 +73,7 @@ pub(crate) struct Writer {
     mappings: usize,
     wide: usize,
     narrow: usize,
+    tight: usize,
     spans: usize,
     branches: usize,
     /// Where eviction goes on: a slot.
@@ -90,6 +90,7 @@ pub(crate) enum Retired {
     Slots(*mut Slots),
     Wide(*mut WideLeaf),
     Narrow(*mut NarrowLeaf),
+    Tight(*mut TightLeaf),
     Span(*mut Span),
     Branch(*mut Branch),
 }
@@ -106,6 +107,7 @@ impl Drop for Retired {
                 Retired::Slots(slots) => drop(Box::from_raw(slots)),
                 Retired::Wide(leaf) => drop(Box::from_raw(leaf)),
                 Retired::Narrow(leaf) => drop(Box::from_raw(leaf)),
+                Retired::Tight(leaf) => drop(Box::from_raw(leaf)),
                 Retired::Span(span) => drop(Box::from_raw(span)),
                 Retired::Branch(branch) => drop(Box::from_raw(branch)),
             }
@@ -235,8 +237,8 @@ impl Table {
         None
     }
 
-    /// The page of `addr` if that is in a narrow leaf, as nearly all are where there are many, and its cluster's word is in the
-    /// first place where it may be. Else nothing, and [`Table::lookup`] knows.
+    /// The page of `addr` if that is in a row or in a leaf that is not wide, as nearly all are where there are many, and its
+    /// cluster's word is in the first place where it may be. Else nothing, and [`Table::lookup`] knows.
     ///
     /// What a processor works at ahead of memory is so many instructions: the fewer a lookup has, the more of them wait for
     /// memory at the same time.
@@ -248,8 +250,7 @@ impl Table {
         // SAFETY: as in `lookup`.
         let slots = unsafe { &*self.slots.load(Acquire) };
         // SAFETY: from the table, by this function's own contract; and so is the leaf.
-        let leaf = unsafe { slots.page(cluster(PAGES, addr)).narrow() };
-        leaf.map_or(Word::NOTHING, |leaf| leaf.page(index(PAGES, addr), &self.origin))
+        unsafe { slots.page(cluster(PAGES, addr)).page(index(PAGES, addr), &self.origin) }
     }
 
     /// # Safety
@@ -505,8 +506,12 @@ impl Table {
         place.value.store(self.leaf(writer, [(old_run, old), (run, word)].into_iter()).0, Release);
     }
 
-    /// A leaf of these words, narrow if they fit.
+    /// A leaf of these words, of the narrowest kind that they fit in.
     fn leaf(&self, writer: &mut Writer, words: impl Iterator<Item = (Run, Word)> + Clone) -> Word {
+        if let Some(tight) = TightLeaf::of(words.clone(), &self.origin) {
+            writer.tight += 1;
+            return tight;
+        }
         let narrow = NarrowLeaf::new();
         if words.clone().all(|(run, word)| Leaf::Narrow(&narrow).fill(run, word, &self.origin)) {
             writer.narrow += 1;
@@ -608,7 +613,10 @@ impl Writer {
 
     /// A leaf that no slot names any more, so that it is retired once.
     fn retire_leaf(&mut self, word: Word) {
-        if word.is_narrow() {
+        if word.is_tight() {
+            self.tight -= 1;
+            self.retire(Retired::Tight(word.to_tight()), size_of::<TightLeaf>());
+        } else if word.is_narrow() {
             self.narrow -= 1;
             self.retire(Retired::Narrow(word.to()), size_of::<NarrowLeaf>());
         } else {
@@ -644,6 +652,7 @@ impl Writer {
             + self.branches * BRANCH_BYTES
             + self.wide * size_of::<WideLeaf>()
             + self.narrow * size_of::<NarrowLeaf>()
+            + self.tight * size_of::<TightLeaf>()
             + self.spans * size_of::<Span>()
     }
 }
@@ -664,6 +673,8 @@ impl Drop for Table {
             }
             // SAFETY: as above. Spans don't fit in.
             NARROW => drop(unsafe { Box::from_raw(word.to::<NarrowLeaf>()) }),
+            // SAFETY: as above.
+            _ if word.is_tight() => drop(unsafe { Box::from_raw(word.to_tight()) }),
             _ => {}
         };
         for (key, word) in slots.iter() {
