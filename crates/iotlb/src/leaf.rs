@@ -55,8 +55,11 @@ pub(crate) const BASES: u64 = 1 << 12;
 /// How many pages from the base a quarter can say.
 const NEAR: u64 = u16::MAX as u64;
 
-/// Where the memory that narrow and tight leaves name begins. Chosen once: whoever found a half word may still want it.
-pub(crate) struct Origin(AtomicU64);
+/// Where the memory that narrow and tight leaves name begins. Chosen once: whoever found a part of a word may still want it.
+pub(crate) struct Origin {
+    narrow: AtomicU64,
+    tight: AtomicU64,
+}
 
 /// The level of pages of 4 KiB, and how many bits an address has within one.
 pub(crate) const PAGES: u32 = 2;
@@ -94,13 +97,14 @@ impl Leaf<'_> {
         match self {
             Leaf::Wide(leaf) => leaf.fill(run, word),
             Leaf::Narrow(leaf) => {
-                let Some(page) = origin.page(run.level, word) else { return false };
+                let page = pages_from(origin.of_narrow(), run.level, word).filter(|&page| page < WITHIN);
+                let Some(page) = page else { return false };
                 let half = (word.rights() << 30 | page) as u32;
                 leaf.halves[run.index as usize].store(half, Release);
                 leaf.used.store(leaf.used.load(Relaxed) | run.mask(), Relaxed);
             }
             Leaf::Tight(leaf) => {
-                let page = origin.page(run.level, word).filter(|_| word.rights() == leaf.rights);
+                let page = pages_from(origin.of_tight(), run.level, word).filter(|_| word.rights() == leaf.rights);
                 let page = page.and_then(|page| page.checked_sub(leaf.base * BASE)).filter(|&page| page < NEAR);
                 let Some(page) = page else { return false };
                 leaf.leaf.quarters[run.index as usize].store(page as u16 + 1, Release);
@@ -162,8 +166,8 @@ impl NarrowLeaf {
     pub(crate) fn page(&self, at: u32, origin: &Origin) -> Word {
         let half = u64::from(self.halves[at as usize].load(Acquire));
         let rights = half >> 30;
-        // Within 2^56: see `Origin::page`.
-        let host = || origin.address().wrapping_add((half & (WITHIN - 1)) << PAGE_BITS);
+        // Within 2^56, as it was put in.
+        let host = || origin.of_narrow().wrapping_add((half & (WITHIN - 1)) << PAGE_BITS);
         if rights == 0 { Word::NOTHING } else { Word(rights << 62 | host()) }
     }
 
@@ -178,11 +182,11 @@ impl TightLeaf {
         let rights = words.clone().next()?.1.rights();
         let (mut lowest, mut highest) = (u64::MAX, 0);
         for (run, word) in words.clone() {
-            let page = origin.page(run.level, word).filter(|_| word.rights() == rights)?;
+            let page = pages_from(origin.of_tight(), run.level, word).filter(|_| word.rights() == rights)?;
             (lowest, highest) = (lowest.min(page), highest.max(page));
         }
-        // They are in its middle, so that most of what comes later fits, too.
-        let base = lowest.midpoint(highest).saturating_sub(NEAR / 2) / BASE;
+        // They are about in the middle of what it reaches, so that most of what comes later fits, too.
+        let base = (lowest.midpoint(highest) + BASE / 2).saturating_sub(NEAR / 2) / BASE;
         if base >= BASES || highest - base * BASE >= NEAR || lowest < base * BASE {
             return None;
         }
@@ -208,39 +212,45 @@ impl Tight<'_> {
         if quarter == 0 {
             return Word::NOTHING;
         }
-        // Within 2^56: see `Origin::page`.
+        // Within 2^56, as it was put in.
         let page = self.base * BASE + quarter - 1;
-        Word(self.rights << 62 | origin.address().wrapping_add(page << PAGE_BITS))
+        Word(self.rights << 62 | origin.of_tight().wrapping_add(page << PAGE_BITS))
     }
 }
 
 impl Origin {
     /// Not chosen yet.
     pub(crate) fn new() -> Origin {
-        Origin(AtomicU64::new(u64::MAX))
+        Origin { narrow: AtomicU64::new(u64::MAX), tight: AtomicU64::new(u64::MAX) }
     }
 
-    #[inline]
-    fn address(&self) -> u64 {
-        // Chosen before the first narrow leaf was made, which whoever asks has found.
-        self.0.load(Relaxed)
-    }
-
-    /// Chooses one in whose middle the page of `word` lies, unless that was done.
+    /// For leaves of each kind, one in whose middle the page of `word` lies; unless that was done.
     pub(crate) fn choose(&self, level: u32, word: Word) {
-        if self.address() == u64::MAX && level == PAGES && word.0 >> 62 != 0 {
+        if self.narrow.load(Relaxed) == u64::MAX && level == PAGES && word.rights() != 0 {
             let page = word.address() >> PAGE_BITS;
-            self.0.store(page.saturating_sub(WITHIN / 2) << PAGE_BITS, Relaxed);
+            self.narrow.store(page.saturating_sub(WITHIN / 2) << PAGE_BITS, Relaxed);
+            self.tight.store(page.saturating_sub(BASES * BASE / 2) << PAGE_BITS, Relaxed);
         }
     }
 
-    /// How many pages from here the granule lies. `None`: that does not say it all.
-    fn page(&self, level: u32, word: Word) -> Option<u64> {
-        let distance = word.address().checked_sub(self.address())?;
-        let pages = distance >> PAGE_BITS;
-        let fits = level == PAGES && word.rights() != 0 && pages < WITHIN && pages << PAGE_BITS == distance;
-        fits.then_some(pages)
+    // Chosen before the first leaf was made that wants it, which whoever asks has found.
+
+    #[inline]
+    fn of_narrow(&self) -> u64 {
+        self.narrow.load(Relaxed)
     }
+
+    #[inline]
+    fn of_tight(&self) -> u64 {
+        self.tight.load(Relaxed)
+    }
+}
+
+/// How many pages from `origin` the granule lies. `None`: that does not say it all.
+fn pages_from(origin: u64, level: u32, word: Word) -> Option<u64> {
+    let distance = word.address().checked_sub(origin)?;
+    let pages = distance >> PAGE_BITS;
+    (level == PAGES && word.rights() != 0 && pages << PAGE_BITS == distance).then_some(pages)
 }
 
 #[cfg(all(test, not(loom)))]
@@ -289,6 +299,57 @@ mod tests {
             let whole = Run::granule(0, (1 << 18) - 1).unwrap();
             assert!(!leaf.fill(whole, word, &origin), "no page");
         }
+    }
+
+    #[test]
+    fn a_tight_leaf_gives_back_what_it_took_and_takes_only_that() {
+        const MIB: u64 = 1 << 20;
+        let origin = Origin::new();
+        let start = 0x7000_0000_0000;
+        origin.choose(PAGES, page(0, start).1);
+        // What lies up to 192 MiB apart fits always, and from 128 GiB away on never.
+        let lowest = start - (128 << 30);
+        for (first, second, fits) in [
+            (start, start, true),
+            (lowest, lowest + 192 * MIB, true),
+            (start, start + 256 * MIB, false),
+            (start + 77 * MIB, start + 268 * MIB, true),
+            (start + 333 * MIB, start + 142 * MIB, true),
+            (start + (127 << 30), start + (127 << 30) + 100 * MIB, true),
+            (start + (129 << 30), start + (129 << 30), false),
+            (lowest - 4096, lowest, false),
+            (start, start + 2048, false),
+        ] {
+            let pages = [page(3, first), page(63, second)];
+            let made = TightLeaf::of(pages.into_iter(), &origin);
+            assert_eq!(made.is_some(), fits, "{first:#x} and {second:#x}");
+            let Some(word) = made else { continue };
+            assert!(word.is_tight() && !word.was_row() && word.that_was_row().was_row());
+            // SAFETY: from the line above, and not freed yet.
+            let Meaning::Leaf(leaf) = (unsafe { word.that_was_row().meaning() }) else { panic!("{:#x}", word.0) };
+            for (run, there) in pages {
+                assert!(leaf.word(run.index, &origin) == there, "{first:#x} and {second:#x}");
+                // SAFETY: as above.
+                let quick = unsafe { word.page(run.index, &origin) };
+                assert!(quick.address() == there.address() && quick.rights() == there.rights());
+            }
+            assert!(leaf.word(4, &origin) == Word::NOTHING && leaf.used() == 1 << 63 | 1 << 3);
+            let (run, between) = page(5, first.midpoint(second) & !0xfff);
+            assert!(!leaf.fill(run, Word(between.0 ^ 3 << 62), &origin), "allows something else");
+            assert!(!leaf.fill(run, page(5, first + 512 * MIB).1, &origin), "too far");
+            assert!(!leaf.fill(run, page(5, first - 512 * MIB).1, &origin), "too far");
+            assert!(leaf.word(5, &origin) == Word::NOTHING);
+            assert!(leaf.fill(run, between, &origin) && leaf.word(5, &origin) == between);
+            leaf.clear(run);
+            assert!(leaf.word(5, &origin) == Word::NOTHING && leaf.used() == 1 << 63 | 1 << 3);
+            // SAFETY: as above, and nobody else's.
+            drop(unsafe { Box::from_raw(word.to_tight()) });
+        }
+        let (one, (run, other)) = (page(1, start), page(2, start));
+        assert!(
+            TightLeaf::of([one, (run, Word(other.0 ^ 3 << 62))].into_iter(), &origin).is_none(),
+            "one is to be written"
+        );
     }
 
     #[test]

@@ -329,3 +329,38 @@ impl Branch {
         }
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use ringfence_dma::Permission;
+
+    #[test]
+    fn a_branch_is_found_by_hash_and_by_number_until_it_is_cut() {
+        // The third has the first's number among the near ones.
+        let regions = [5, 6, 7].map(|number: u64| region(if number == 7 { 9 } else { number } << 6));
+        let mut slots = Slots::new(3, 3);
+        let word = |region: u64| Word::granule(1, region & 0xfff << 12, Permission::ReadOnly);
+        for region in regions {
+            let clusters: Vec<_> = clusters(region).take(MANY).map(|key| (key, word(region))).collect();
+            slots.put(region, Branch::of(&clusters));
+        }
+        // SAFETY: what hangs on the slots is freed at the end alone.
+        let found = |slots: &Slots, cluster: u64| unsafe {
+            let by_hash = slots.find(key(PAGES, cluster)).map(|place| Word(place.value.load(Relaxed)).0);
+            (by_hash, slots.page(cluster).0)
+        };
+        for (number, region) in regions.into_iter().enumerate() {
+            let cluster = split(region).1 << 6;
+            let by_number = if number == 2 { Word::NOTHING } else { word(region) };
+            assert_eq!(found(&slots, cluster), (Some(word(region).0), by_number.0));
+            assert_eq!(found(&slots, cluster + MANY as u64), (Some(0), 0), "not of its clusters");
+        }
+        for region in regions {
+            let branch = slots.cut(region);
+            // SAFETY: cut off, and nobody's.
+            drop(unsafe { Box::from_raw(branch.to::<Branch>()) });
+            assert_eq!(found(&slots, split(region).1 << 6), (None, 0));
+        }
+    }
+}

@@ -7,9 +7,9 @@
 //! clusters of pages are many in a row, their nodes are linked after all: see `slots.rs`.
 //!
 //! What a cluster holds is one word: a single granule's translation, a mapping of several granules (a [`Span`]), or a leaf
-//! of 64 such words, or of 64 half words, once two mappings meet in one cluster, or all 64 if they are a row: see `word.rs`.
-//! Dense pages so take a little over 4 bytes each, in rows half a byte, and scattered ones about 100, and a word changes in
-//! one store: a reader sees the old mapping or the new one, never half.
+//! of 64 such words, or of halves or quarters of them, once two mappings meet in one cluster, or all 64 if they are a row: see
+//! `word.rs`. Dense pages so take 2 to 5 bytes each, in rows less than one, and scattered ones about 100, and a word changes
+//! in one store: a reader sees the old mapping or the new one, never half.
 //!
 //! What is unlinked is not freed but retired: see `Grace` in `iotlb.rs`.
 
@@ -53,7 +53,7 @@ pub(crate) struct Table {
     slots: AtomicPtr<Slots>,
     /// One bit a level that has clusters.
     levels: AtomicU32,
-    /// What the half words of narrow leaves count from.
+    /// What narrow and tight leaves count from.
     origin: Origin,
 }
 

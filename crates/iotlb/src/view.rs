@@ -17,7 +17,7 @@ use std::time::Instant;
 pub struct View {
     iotlb: Arc<Iotlb>,
     seat: Arc<Seat>,
-    /// Of the visit, and of what is remembered.
+    /// Of the visit, and of what is remembered: the stamp of what allows nothing.
     generation: Cell<u64>,
     /// The last that was found of more than a page: hits as long as all accesses lie in one large mapping.
     latest: Cell<Remembered>,
@@ -154,7 +154,7 @@ impl View {
         // Orders the store above before the loads of the generation, below, and of the table, in `find`; in pair with
         // the fence in `Iotlb::removed`.
         fence(SeqCst);
-        self.generation.set(self.iotlb.generation());
+        self.generation.set(self.iotlb.generation() << 2);
     }
 
     #[inline]
@@ -225,7 +225,7 @@ impl View {
 
     #[inline]
     fn stamp(&self, rights: u64) -> u64 {
-        self.generation.get() << 2 | rights
+        self.generation.get() | rights
     }
 
     /// Asks for what is not there; `part` of something for which [`View::wait_for`] says what is waited for.
