@@ -165,14 +165,27 @@ impl Slots {
     pub(crate) unsafe fn find(&self, key: u64) -> Option<Place<'_>> {
         let (level, cluster) = split(key);
         if level == PAGES
-            && self.has_branches()
-            && let Ok(slot) = self.probe(region(cluster))
             // SAFETY: by this function's own contract.
-            && let Some(branch) = unsafe { Word(slot.value.load(Acquire)).branch() }
+            && let Some(branch) = unsafe { self.branch(region(cluster)) }
         {
             return Some(branch.place(cluster));
         }
         self.probe(key).ok().map(|slot| Place { value: slot.value, branch: None })
+    }
+
+    /// # Safety
+    /// As for [`Slots::find`].
+    #[inline]
+    unsafe fn branch(&self, region: u64) -> Option<&Branch> {
+        let near = &self.near[self.near_of(region)];
+        let word = match near.region {
+            it if it == region => &near.branch,
+            // Its place would be taken.
+            EMPTY => return None,
+            _ => self.probe(region).ok()?.value,
+        };
+        // SAFETY: by this function's own contract.
+        unsafe { Word(word.load(Acquire)).branch() }
     }
 
     /// The word of a cluster of pages, if it is in the first place where it may be. Else [`Slots::find`] knows.
@@ -220,11 +233,6 @@ impl Slots {
             near.branch.store(Word::NOTHING.0, Release);
         }
         word
-    }
-
-    fn has_branches(&self) -> bool {
-        // One place is there in any case.
-        self.near.len() > 1 || self.near[0].region != EMPTY
     }
 
     #[inline]
