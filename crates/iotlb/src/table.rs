@@ -343,11 +343,18 @@ impl Table {
             writer.hand = writer.hand.wrapping_add(1);
             let Some((key, word)) = there else { continue };
             // SAFETY: from the table, and the writer is at hand; nothing retired is freed before the writer is let go.
-            match unsafe { word.branch() } {
-                Some(branch) => {
-                    branch.clusters(key).for_each(|(key, _)| self.remove_in_cluster(writer, key, 0, u64::MAX));
+            let Some(branch) = (unsafe { word.branch() }) else {
+                self.remove_in_cluster(writer, key, 0, u64::MAX);
+                continue;
+            };
+            // From one on that is another each time.
+            let from = (writer.hand as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58;
+            let part = |late: bool| branch.clusters(key).filter(move |&(key, _)| (key % 64 >= from) == late);
+            for (key, _) in part(true).chain(part(false)) {
+                if enough(writer) {
+                    break;
                 }
-                None => self.remove_in_cluster(writer, key, 0, u64::MAX),
+                self.remove_in_cluster(writer, key, 0, u64::MAX);
             }
         }
         before - writer.mappings

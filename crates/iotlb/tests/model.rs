@@ -383,3 +383,32 @@ fn neighbours_take_less_memory_than_strangers() {
     let (pages, neighbours, strangers) = (bytes(1 << 12), bytes(1 << 18), bytes(1 << 24));
     assert!(pages * 4 < neighbours && neighbours * 3 < strangers, "{pages}, {neighbours} and {strangers} bytes a page");
 }
+
+/// Whether they are neighbours or strangers: one that is too many takes the place of a few, and not always of the same.
+#[test]
+fn a_full_cache_keeps_most_of_what_it_has() {
+    for distance in [1 << 12, 1 << 18, 1 << 24] {
+        let capacity = 4096;
+        let iotlb = Iotlb::new(Unmapped::Ask(Arc::new(Nobody)), Options { capacity, ..Options::default() });
+        let map = |i: u64| {
+            let target = NonNull::new(std::ptr::without_provenance_mut(0x1000)).unwrap();
+            let page = i * distance;
+            // SAFETY: no memory at all, and nobody looks at it.
+            unsafe { iotlb.update(BusAddr(page), BusAddr(page | 0xfff), target, Permission::ReadOnly) }.unwrap().wait();
+        };
+        (0..capacity as u64).for_each(map);
+        assert_eq!(iotlb.statistics().evictions, 0);
+        let mut gone = std::collections::BTreeSet::new();
+        for _ in 0..20 {
+            let mapped = |i: &u64| iotlb.is_mapped(BusAddr(i * distance));
+            // Full again, and one more.
+            let missing: Vec<u64> = (0..capacity as u64 + 1).filter(|i| !mapped(i)).collect();
+            gone.extend(missing.iter().copied());
+            let before = iotlb.statistics().evictions;
+            missing.into_iter().for_each(map);
+            let evicted = iotlb.statistics().evictions - before;
+            assert!((1..=200).contains(&evicted), "{evicted} for one more");
+        }
+        assert!(gone.len() > 500, "the same {} each time", gone.len());
+    }
+}
