@@ -133,6 +133,8 @@ impl Word {
             unsafe { &*self.to::<NarrowLeaf>() }.page(at, origin)
         } else if kind == ROW {
             Word((self.0 & 3) << 62 | ((self.address() & !3) + (u64::from(at) << PAGE_BITS)))
+        } else if self.rights() != 0 && kind & 63 == u64::from(at) {
+            Word(self.0 & !(63 << 56))
         } else {
             Word::NOTHING
         }
