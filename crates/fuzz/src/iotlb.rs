@@ -43,6 +43,10 @@ fn range(bytes: &mut Bytes<'_>) -> (u64, u64) {
     (first, first.saturating_add(len.max(1) - 1))
 }
 
+fn permission(bytes: &mut Bytes<'_>) -> Permission {
+    [Permission::ReadOnly, Permission::WriteOnly, Permission::ReadWrite][bytes.below(3)]
+}
+
 pub(crate) fn entries(data: &[u8]) {
     let bytes = &mut Bytes::new(data);
     let iotlb = Iotlb::new(Unmapped::Ask(Arc::new(Nobody)), Options::default());
@@ -53,20 +57,39 @@ pub(crate) fn entries(data: &[u8]) {
         if bytes.is_empty() {
             break;
         }
-        let (first, last) = match bytes.u8() % 8 {
+        let map = |model: &mut Vec<Entry>, first: u64, last: u64, host: usize, permission| {
+            let target = NonNull::new(std::ptr::without_provenance_mut(host)).expect("not 0");
+            // SAFETY: no memory at all, and what is resolved is only looked at.
+            let updated = unsafe { iotlb.update(BusAddr(first), BusAddr(last), target, permission) };
+            if let Ok(fence) = updated {
+                fence.wait();
+                model.retain(|entry| !overlap(entry, first, last));
+                model.push((first, last, host, permission));
+            }
+        };
+        let (first, last) = match bytes.u8() % 9 {
             0..=3 => {
                 let (first, last) = range(bytes);
                 let host = 0x7000_0000_0000 + (bytes.below(4) << 40) + bytes.below(3);
-                let permission = [Permission::ReadOnly, Permission::WriteOnly, Permission::ReadWrite][bytes.below(3)];
-                let target = NonNull::new(std::ptr::without_provenance_mut(host)).expect("not 0");
-                // SAFETY: no memory at all, and what is resolved is only looked at.
-                let updated = unsafe { iotlb.update(BusAddr(first), BusAddr(last), target, permission) };
-                if let Ok(fence) = updated {
-                    fence.wait();
-                    model.retain(|entry| !overlap(entry, first, last));
-                    model.push((first, last, host, permission));
-                }
+                map(&mut model, first, last, host, permission(bytes));
                 (first, last)
+            }
+            // Two neighbours in each of many clusters of 64 pages that follow each other, or that do not.
+            8 => {
+                let (region, distance) = ((bytes.below(3) as u64) << 24, [18, 24, 30][bytes.below(3)]);
+                let (count, permission) = (bytes.below(65) as u64, permission(bytes));
+                for page in (0..count).map(|cluster| region + (cluster << distance) + 0x5000) {
+                    for page in [page, page + 0x1000] {
+                        map(
+                            &mut model,
+                            page,
+                            page | 0xfff,
+                            0x7000_0000_0000 + (page & 0xffff_f000) as usize,
+                            permission,
+                        );
+                    }
+                }
+                (region, region + (count << distance))
             }
             4 | 5 => {
                 let (first, last) = range(bytes);

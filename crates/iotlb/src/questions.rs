@@ -58,6 +58,8 @@ pub(crate) struct Questions {
     foretold: Foretold,
     /// By access and page.
     open: [BTreeMap<u64, Open>; 2],
+    /// What an UPDATE closes, and whether by a refusal. Empty, and kept so that none allocates.
+    closed: Vec<(Handle, bool)>,
     /// Passed on, oldest first. Those that were resolved stay until their reply has come.
     unanswered: VecDeque<Handle>,
     refusals: [BTreeMap<u64, Refusal>; 2],
@@ -112,6 +114,7 @@ impl Questions {
             verdicts: 0,
             foretold: Foretold::new(),
             open: Default::default(),
+            closed: Vec::new(),
             unanswered: VecDeque::new(),
             refusals: Default::default(),
             refused: VecDeque::new(),
@@ -133,28 +136,33 @@ impl Questions {
         if let Some(reason) = self.refusal(addr.0, access, ticket) {
             return Verdict::Refused(reason);
         }
-        let (question, retry) = match self.about(addr.0, access) {
-            None => (self.write_down(addr.0, access, 0), None),
-            Some(&Open { state: State::Granted { until }, at, attempts, number, .. }) => {
+        let (question, expected, retry) = match self.about(addr.0, access) {
+            None => {
+                let question = self.write_down(addr.0, access, 0);
+                (question, question.map(|_| self.foretold.answer(addr.0)), None)
+            }
+            Some(&Open { state: State::Granted { until }, at, attempts, number, expected, .. }) => {
                 if now() < until {
-                    (None, Some(until))
-                } else if attempts < ATTEMPTS {
-                    self.open[of(access)].remove(&page(at));
-                    (self.write_down(at, access, attempts), None)
+                    (None, Some(expected), Some(until))
                 } else {
                     self.open[of(access)].remove(&page(at));
-                    self.refuse(at, access, number, FaultReason::Unmapped);
-                    // If this waiter came later, or waits for another page, it starts over.
-                    if let Some(reason) = self.refusal(addr.0, access, ticket) {
-                        return Verdict::Refused(reason);
-                    }
-                    (self.write_down(addr.0, access, 0), None)
+                    let question = if attempts < ATTEMPTS {
+                        self.write_down(at, access, attempts)
+                    } else {
+                        self.refuse(at, access, number, FaultReason::Unmapped);
+                        // If this waiter came later, or waits for another page, it starts over.
+                        if let Some(reason) = self.refusal(addr.0, access, ticket) {
+                            return Verdict::Refused(reason);
+                        }
+                        self.write_down(addr.0, access, 0)
+                    };
+                    (question, self.about(addr.0, access).map(|open| open.expected), None)
                 }
             }
-            Some(_) => (None, None),
+            Some(open) => (None, Some(open.expected), None),
         };
-        let covers = match self.about(addr.0, access) {
-            Some(open) => open.expected.1.max(addr.0) - addr.0 + 1,
+        let covers = match expected {
+            Some((_, last)) => last.max(addr.0) - addr.0 + 1,
             None => Miss::NOTHING_ASKED,
         };
         Verdict::Wait { miss: Miss { ticket, covers }, question, retry }
@@ -230,6 +238,7 @@ impl Questions {
     pub(crate) fn updated(&mut self, first: u64, last: u64, permission: Permission) -> News {
         let mut news = News::None;
         let mut learned = false;
+        let mut closed = std::mem::take(&mut self.closed);
         for access in [Access::Read, Access::Write] {
             let pages = page(first)..=page(last);
             if !self.refusals[of(access)].is_empty() {
@@ -238,36 +247,47 @@ impl Questions {
                     self.refusals[of(access)].remove(&page);
                 }
             }
-            if self.open[of(access)].is_empty() {
-                continue;
-            }
-            let about: Vec<u64> = self.open[of(access)]
-                .range(pages)
-                .filter(|(_, open)| first <= open.at && open.at <= last)
-                .map(|(&page, _)| page)
-                .collect();
-            for page in about {
-                let Some(&Open { at, expected, awaited, .. }) = self.open[of(access)].get(&page) else { continue };
-                if awaited {
-                    news = News::Some;
+            for (&page, open) in self.open[of(access)].range_mut(pages) {
+                if open.at < first || last < open.at {
+                    continue;
                 }
                 if !std::mem::replace(&mut learned, true) {
                     // The first of them: those behind it are answered by the way.
-                    self.foretold.learn(at, first, last);
+                    self.foretold.learn(open.at, first, last);
                 }
-                if expected.0 < first || last < expected.1 {
+                if open.expected.0 < first || last < open.expected.1 {
                     // Whoever waits for the rest of what was expected has to ask for it.
                     self.verdicts += 1;
                     news = News::Some;
                 }
-                if permission.allows(access) {
-                    self.open[of(access)].remove(&page);
-                } else {
-                    self.lacks(access, page);
+                let refused = match (permission.allows(access), open.state, self.replies) {
+                    (true, ..) => false,
+                    // Not an answer: nobody was asked.
+                    (false, State::Written, _) => {
+                        news = News::Some;
+                        continue;
+                    }
+                    // The reply decides.
+                    (false, State::Asked | State::Lacking, Replies::Each) => {
+                        open.state = State::Lacking;
+                        news = News::Some;
+                        continue;
+                    }
+                    (false, State::Granted { .. }, _) | (false, _, Replies::Never) => true,
+                };
+                if open.awaited || refused {
                     news = News::Some;
                 }
+                closed.push((Handle { access, page, number: open.number }, refused));
             }
         }
+        for (Handle { access, page, number }, refused) in closed.drain(..) {
+            self.open[of(access)].remove(&page);
+            if refused {
+                self.refuse(page, access, number, FaultReason::Forbidden);
+            }
+        }
+        self.closed = closed;
         news
     }
 
@@ -279,21 +299,6 @@ impl Questions {
     /// How many questions were settled otherwise than by a translation.
     pub(crate) fn verdicts(&self) -> u64 {
         self.verdicts
-    }
-
-    /// An UPDATE came for an open question, without the permission.
-    fn lacks(&mut self, access: Access, page: u64) {
-        let Some(open) = self.open[of(access)].get_mut(&page) else { return };
-        match (open.state, self.replies) {
-            // Not an answer: nobody was asked.
-            (State::Written, _) => {}
-            (State::Asked | State::Lacking, Replies::Each) => open.state = State::Lacking,
-            (State::Granted { .. }, _) | (_, Replies::Never) => {
-                let (at, number) = (open.at, open.number);
-                self.open[of(access)].remove(&page);
-                self.refuse(at, access, number, FaultReason::Forbidden);
-            }
-        }
     }
 
     /// The oldest question's reply. `permission` is the table's at an address. `None` if nothing was asked.
@@ -308,11 +313,11 @@ impl Questions {
         }
         let handle = self.unanswered.pop_front()?;
         let access = handle.access;
-        if !self.is_open(handle) {
+        let open = self.open[of(access)].get_mut(&handle.page).filter(|open| open.number == handle.number);
+        let Some(open) = open else {
             // Somebody may wait for the place in the queue.
             return Some(if self.unanswered.len() + 1 >= UNANSWERED { News::Some } else { News::None });
-        }
-        let open = self.open[of(access)].get_mut(&handle.page)?;
+        };
         let at = open.at;
         let reason = match (granted, permission(at), open.state) {
             (false, Some(permission), _) if !permission.allows(access) => Some(FaultReason::Forbidden),

@@ -3,34 +3,28 @@
 //! A 64-ary trie whose nodes are not linked but hashed. A mapping is cut at powers of 64 into granules: 1 byte, 64
 //! bytes, 4 KiB, 256 KiB, 16 MiB and so on are the *levels*; 64 granules that lie in one granule of the level above are
 //! a *cluster*. One open-addressing table maps (level, cluster) to what is cached there, so that a lookup costs one
-//! probe for each level in use, which is one where all mappings are 4 KiB pages or all are 16 MiB, however many.
+//! probe for each level in use, which is one where all mappings are 4 KiB pages or all are 16 MiB, however many. Where
+//! clusters of pages are many in a row, their nodes are linked after all: see `slots.rs`.
 //!
 //! What a cluster holds is one word: a single granule's translation, a mapping of several granules (a [`Span`]), or a leaf
-//! of 64 such words, or of 64 half words, once two mappings meet in one cluster, or all 64 if they are a row: see `word.rs`.
-//! Dense pages so take a little over 4 bytes each, 6 with their slots, in rows half a byte to 2, and scattered ones under
-//! 100, and a word changes in one store: a reader sees the old mapping or the new one, never half.
+//! of 64 such words, or of halves or quarters of them, once two mappings meet in one cluster, or all 64 if they are a row: see
+//! `word.rs`. Dense pages so take 2 to 5 bytes each, in rows less than one, and scattered ones about 100, and a word changes
+//! in one store: a reader sees the old mapping or the new one, never half.
 //!
 //! What is unlinked is not freed but retired: see `Grace` in `iotlb.rs`.
 
 use crate::index::Index;
-use crate::sync::{AtomicPtr, AtomicU32, AtomicU64};
-use crate::word::{ADDRESS, LEAF, Leaf, Meaning, NARROW, NarrowLeaf, Origin, PAGES, SPAN, Span, WideLeaf, Word};
+use crate::leaf::{Leaf, NarrowLeaf, Origin, PAGES, TightLeaf, WideLeaf};
+use crate::slots::{BRANCH_BYTES, Branch, MANY, Place, SLOT, Slots, key, region, split};
+use crate::sync::{AtomicPtr, AtomicU32};
+use crate::word::{ADDRESS, BRANCH, LEAF, Meaning, NARROW, SPAN, Span, Word};
 use ringfence_dma::Permission;
-use rustix::mm::{Advice, madvise};
 use std::collections::BTreeSet;
-use std::hash::{BuildHasher, RandomState};
 use std::iter;
-use std::mem::MaybeUninit;
-use std::ops::Range;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 /// 1 byte to 2^60 bytes.
 const LEVELS: usize = 11;
-/// The key of a slot that never had one: no cluster has level 15.
-const EMPTY: u64 = u64::MAX;
-/// How many slots share a cache line and are looked at together. A model checker pays for each atomic.
-const WAYS: usize = if cfg!(loom) { 1 } else { 4 };
-const FEWEST_SLOTS: usize = if cfg!(loom) { 4 } else { 64 };
 
 /// A mapping as a lookup finds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +53,7 @@ pub(crate) struct Table {
     slots: AtomicPtr<Slots>,
     /// One bit a level that has clusters.
     levels: AtomicU32,
-    /// What the half words of narrow leaves count from.
+    /// What narrow and tight leaves count from.
     origin: Origin,
 }
 
@@ -72,12 +66,16 @@ pub(crate) struct Writer {
     /// How many clusters hold something, by level and in all.
     clusters: [usize; LEVELS],
     live: usize,
+    /// How many of them have their word in a branch.
+    branched: usize,
     /// Slots that have a key, those whose cluster is empty by now included: a key stays until the table is rebuilt.
     claimed: usize,
     mappings: usize,
     wide: usize,
     narrow: usize,
+    tight: usize,
     spans: usize,
+    branches: usize,
     /// Where eviction goes on: a slot.
     hand: usize,
     /// Unlinked, and maybe still read.
@@ -92,7 +90,9 @@ pub(crate) enum Retired {
     Slots(*mut Slots),
     Wide(*mut WideLeaf),
     Narrow(*mut NarrowLeaf),
+    Tight(*mut TightLeaf),
     Span(*mut Span),
+    Branch(*mut Branch),
 }
 
 // SAFETY: an owned allocation of what is `Send` and `Sync` itself.
@@ -107,37 +107,13 @@ impl Drop for Retired {
                 Retired::Slots(slots) => drop(Box::from_raw(slots)),
                 Retired::Wide(leaf) => drop(Box::from_raw(leaf)),
                 Retired::Narrow(leaf) => drop(Box::from_raw(leaf)),
+                Retired::Tight(leaf) => drop(Box::from_raw(leaf)),
                 Retired::Span(span) => drop(Box::from_raw(span)),
+                Retired::Branch(branch) => drop(Box::from_raw(branch)),
             }
         }
     }
 }
-
-pub(crate) struct Slots {
-    lines: Box<[Line]>,
-    /// Odd and random, so that no guest can choose addresses that collide.
-    multiplier: u64,
-    shift: u32,
-}
-
-/// Slots side by side: which of them has a key is found without a branch that the processor could foresee wrongly, only to
-/// learn it when the line has come from memory.
-#[repr(align(64))]
-struct Line {
-    /// Each set once, after the first value, and never changed: a reader that found its key needs no second look.
-    keys: [AtomicU64; WAYS],
-    values: [AtomicU64; WAYS],
-}
-
-/// One of a line's.
-#[derive(Clone, Copy)]
-struct Slot<'s> {
-    key: &'s AtomicU64,
-    value: &'s AtomicU64,
-}
-
-/// How many bytes a slot takes.
-const SLOT: usize = size_of::<Line>() / WAYS;
 
 impl Translation {
     #[inline]
@@ -157,9 +133,6 @@ impl Translation {
     }
 }
 
-/// Of a key: which cluster of its level.
-const CLUSTER: u64 = (1 << 60) - 1;
-
 #[inline]
 fn index(level: u32, addr: u64) -> u32 {
     (addr >> (6 * level)) as u32 & 63
@@ -168,11 +141,6 @@ fn index(level: u32, addr: u64) -> u32 {
 #[inline]
 fn cluster(level: u32, addr: u64) -> u64 {
     addr >> (6 * level) >> 6
-}
-
-#[inline]
-fn key(level: u32, cluster: u64) -> u64 {
-    u64::from(level) << 60 | cluster
 }
 
 /// A run of granules in one cluster.
@@ -236,97 +204,10 @@ fn granule_mask(level: u32) -> u64 {
     (1 << (6 * level)) - 1
 }
 
-fn multiplier(len: usize) -> u64 {
-    // A model checker comes by the same way twice and must find the same.
-    if cfg!(loom) { 0x9e37_79b9_7f4a_7c15 } else { RandomState::new().hash_one(len) | 1 }
-}
-
-/// A random look at a large table would otherwise miss the processor's own TLB besides. For memory that is not touched yet.
-fn ask_for_huge_pages<T>(memory: &mut [MaybeUninit<T>]) {
-    const HUGE: usize = 2 << 20;
-    let Range { start, end } = memory.as_mut_ptr_range();
-    let skip = start.addr().next_multiple_of(HUGE) - start.addr();
-    let len = (end.addr() / HUGE * HUGE).saturating_sub(start.addr() + skip);
-    if len > 0 {
-        // SAFETY: within `memory`; no advice of this kind changes what is there. A kernel without huge pages says so, and
-        // goes on without.
-        let _ = unsafe { madvise(start.wrapping_byte_add(skip).cast(), len, Advice::LinuxHugepage) };
-    }
-}
-
-impl Slots {
-    fn new(len: usize) -> Box<Slots> {
-        let len = len / WAYS;
-        let mut lines = Vec::with_capacity(len);
-        ask_for_huge_pages(lines.spare_capacity_mut());
-        lines.extend((0..len).map(|_| Line {
-            keys: std::array::from_fn(|_| AtomicU64::new(EMPTY)),
-            values: std::array::from_fn(|_| AtomicU64::new(0)),
-        }));
-        Box::new(Slots { lines: lines.into_boxed_slice(), multiplier: multiplier(len), shift: 64 - len.ilog2() })
-    }
-
-    fn len(&self) -> usize {
-        self.lines.len() * WAYS
-    }
-
-    fn slot(&self, at: usize) -> Slot<'_> {
-        self.lines[at / WAYS].slot(at % WAYS)
-    }
-
-    fn iter(&self) -> impl Iterator<Item = Slot<'_>> {
-        (0..self.len()).map(|at| self.slot(at))
-    }
-
-    /// The slot of `key`, else the empty one where it would go. Ends because at most half of the slots have keys.
-    #[inline]
-    fn find(&self, key: u64) -> Result<Slot<'_>, Slot<'_>> {
-        let mut at = self.place(key);
-        loop {
-            let line = self.line(at);
-            if let Some(slot) = line.find(key) {
-                return Ok(slot);
-            }
-            // A line is filled from its front, and goes on in the next when it is full.
-            if let Some(slot) = line.find(EMPTY) {
-                return Err(slot);
-            }
-            at += 1;
-        }
-    }
-
-    /// In which line a key belongs, if there is room.
-    #[inline]
-    fn place(&self, key: u64) -> usize {
-        // Less than 64: there are two lines at least.
-        key.wrapping_mul(self.multiplier).wrapping_shr(self.shift) as usize
-    }
-
-    #[inline]
-    fn line(&self, at: usize) -> &Line {
-        &self.lines[at & (self.lines.len() - 1)]
-    }
-}
-
-impl Line {
-    #[inline]
-    fn find(&self, key: u64) -> Option<Slot<'_>> {
-        // Bits, and not branches, one of which would be wrong every other time.
-        // Acquire: the value was stored before the key.
-        let found = (0..WAYS).fold(0u32, |bits, way| bits | u32::from(self.keys[way].load(Acquire) == key) << way);
-        (found != 0).then(|| self.slot(found.trailing_zeros() as usize))
-    }
-
-    #[inline]
-    fn slot(&self, way: usize) -> Slot<'_> {
-        Slot { key: &self.keys[way], value: &self.values[way] }
-    }
-}
-
 impl Table {
     pub(crate) fn new() -> Table {
         Table {
-            slots: AtomicPtr::new(Box::into_raw(Slots::new(FEWEST_SLOTS))),
+            slots: AtomicPtr::new(Box::into_raw(Slots::new(0, 0))),
             levels: AtomicU32::new(0),
             origin: Origin::new(),
         }
@@ -344,9 +225,10 @@ impl Table {
         while levels != 0 {
             let level = levels.trailing_zeros();
             levels &= levels - 1;
-            let Ok(slot) = slots.find(key(level, cluster(level, addr))) else { continue };
+            // SAFETY: by this function's own contract, as below.
+            let Some(place) = (unsafe { slots.find(key(level, cluster(level, addr))) }) else { continue };
             // Acquire here and below: what the word points to was written before it.
-            let word = Word(slot.value.load(Acquire));
+            let word = Word(place.value.load(Acquire));
             // SAFETY: from the table, by this function's own contract.
             if let Some(found) = unsafe { self.in_cluster(word, level, addr) } {
                 return Some(found);
@@ -355,8 +237,8 @@ impl Table {
         None
     }
 
-    /// The mapping of `addr` if it is a page in a narrow leaf, as nearly all are where there are many, and its cluster's slot in
-    /// the first place where it may be. Else [`Table::lookup`] knows.
+    /// The page of `addr` if that is in a row or in a leaf that is not wide, as nearly all are where there are many, and its
+    /// cluster's word is in the first place where it may be. Else nothing, and [`Table::lookup`] knows.
     ///
     /// What a processor works at ahead of memory is so many instructions: the fewer a lookup has, the more of them wait for
     /// memory at the same time.
@@ -364,15 +246,11 @@ impl Table {
     /// # Safety
     /// As for [`Table::lookup`].
     #[inline]
-    pub(crate) unsafe fn page(&self, addr: u64) -> Option<Translation> {
+    pub(crate) unsafe fn page(&self, addr: u64) -> Word {
         // SAFETY: as in `lookup`.
         let slots = unsafe { &*self.slots.load(Acquire) };
-        let key = key(PAGES, cluster(PAGES, addr));
-        // Acquire, as there.
-        let word = Word(slots.line(slots.place(key)).find(key)?.value.load(Acquire));
-        // SAFETY: from the table, by this function's own contract.
-        let (host, permission) = unsafe { word.narrow() }?.page(index(PAGES, addr), &self.origin)?;
-        Some(Translation::of_granule(PAGES, addr, host, permission))
+        // SAFETY: from the table, by this function's own contract; and so is the leaf.
+        unsafe { slots.page(cluster(PAGES, addr)).page(index(PAGES, addr), &self.origin) }
     }
 
     /// # Safety
@@ -434,15 +312,16 @@ impl Table {
             let (low, high) = (cluster(level, first), cluster(level, last));
             if high - low < 4 {
                 for cluster in low..=high {
-                    self.remove_in_cluster(writer, level, cluster, first, last);
+                    self.remove_in_cluster(writer, key(level, cluster), first, last);
                 }
             } else {
                 for found in writer.index.take(&(key(level, low)..=key(level, high))) {
-                    self.remove_in_cluster(writer, level, found & CLUSTER, first, last);
-                    let Ok(slot) = self.slots().find(found) else { unreachable!("a key stays until a rebuild") };
-                    match Word(slot.value.load(Relaxed)) {
+                    self.remove_in_cluster(writer, found, first, last);
+                    // Else its branch went with the last of it.
+                    let Some(place) = self.find(found) else { continue };
+                    match Word(place.value.load(Relaxed)) {
                         // To a reader they are the same.
-                        Word::VACANT => slot.value.store(Word::NOTHING.0, Release),
+                        Word::VACANT => place.value.store(Word::NOTHING.0, Release),
                         _ => writer.index.add(found),
                     }
                 }
@@ -460,20 +339,31 @@ impl Table {
             if enough(writer) {
                 break;
             }
-            let slot = slots.slot(writer.hand & (slots.len() - 1));
+            let there = slots.at(writer.hand & (slots.len() - 1));
             writer.hand = writer.hand.wrapping_add(1);
-            let key = slot.key.load(Relaxed);
-            if key != EMPTY {
-                self.remove_in_cluster(writer, (key >> 60) as u32, key & CLUSTER, 0, u64::MAX);
+            let Some((key, word)) = there else { continue };
+            // SAFETY: from the table, and the writer is at hand; nothing retired is freed before the writer is let go.
+            let Some(branch) = (unsafe { word.branch() }) else {
+                self.remove_in_cluster(writer, key, 0, u64::MAX);
+                continue;
+            };
+            // From one on that is another each time.
+            let from = (writer.hand as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58;
+            let part = |late: bool| branch.clusters(key).filter(move |&(key, _)| (key % 64 >= from) == late);
+            for (key, _) in part(true).chain(part(false)) {
+                if enough(writer) {
+                    break;
+                }
+                self.remove_in_cluster(writer, key, 0, u64::MAX);
             }
         }
         before - writer.mappings
     }
 
-    fn remove_in_cluster(&self, writer: &mut Writer, level: u32, cluster: u64, first: u64, last: u64) {
-        let key = key(level, cluster);
-        let Ok(slot) = self.slots().find(key) else { return };
-        let word = Word(slot.value.load(Relaxed));
+    fn remove_in_cluster(&self, writer: &mut Writer, key: u64, first: u64, last: u64) {
+        let (level, cluster) = split(key);
+        let Some(place) = self.find(key) else { return };
+        let word = Word(place.value.load(Relaxed));
         // SAFETY: from the table, and the writer is at hand; nothing retired is freed before the writer is let go.
         match unsafe { word.meaning() } {
             Meaning::Nothing => {}
@@ -481,7 +371,7 @@ impl Table {
                 let start = (cluster << 6 | u64::from(index)) << (6 * level);
                 if start <= last && first <= start | granule_mask(level) {
                     writer.mappings -= 1;
-                    Self::vacate(&self.levels, writer, slot, key);
+                    self.vacate(writer, place, key);
                 }
             }
             Meaning::Span(span) => {
@@ -493,14 +383,14 @@ impl Table {
                 let gone = Run::within(level, cluster, first, last).mask();
                 writer.mappings -= gone.count_ones() as usize;
                 if gone == u64::MAX {
-                    Self::vacate(&self.levels, writer, slot, key);
+                    self.vacate(writer, place, key);
                     return;
                 }
                 let left = (0..64).filter(|at| gone >> at & 1 == 0).map(|index| {
                     let host = host + (u64::from(index) << (6 * level));
                     (Run { level, cluster, index, count: 1 }, Word::granule(index, host, permission))
                 });
-                slot.value.store(self.leaf(writer, left).that_was_row().0, Release);
+                place.value.store(self.leaf(writer, left).that_was_row().0, Release);
             }
             Meaning::Leaf(leaf) => {
                 let wanted = Run::within(level, cluster, first, last).mask();
@@ -536,35 +426,44 @@ impl Table {
 
     /// Empties a run that is known to hold one mapping.
     fn take(&self, writer: &mut Writer, run: Run) {
-        let slot = self.slots().find(run.key()).unwrap_or_else(|_| unreachable!("a mapping's cluster has a slot"));
-        let word = Word(slot.value.load(Relaxed));
+        let place = self.find(run.key()).unwrap_or_else(|| unreachable!("a mapping's cluster has a place"));
+        let word = Word(place.value.load(Relaxed));
         // SAFETY: from the table, and the writer is at hand.
         if let Meaning::Leaf(leaf) = unsafe { word.meaning() } {
             leaf.clear(run);
             if leaf.used() != 0 {
                 return;
             }
-            Self::vacate(&self.levels, writer, slot, run.key());
+            self.vacate(writer, place, run.key());
             writer.retire_leaf(word);
         } else {
-            Self::vacate(&self.levels, writer, slot, run.key());
+            self.vacate(writer, place, run.key());
         }
     }
 
-    fn vacate(levels: &AtomicU32, writer: &mut Writer, slot: Slot<'_>, key: u64) {
-        slot.value.store(Word::VACANT.0, Release);
+    fn vacate(&self, writer: &mut Writer, place: Place<'_>, key: u64) {
+        place.value.store(Word::VACANT.0, Release);
         writer.live -= 1;
-        let level = (key >> 60) as usize;
-        writer.clusters[level] -= 1;
-        if writer.clusters[level] == 0 {
-            levels.store(levels.load(Relaxed) & !(1 << level), Release);
+        let (level, cluster) = split(key);
+        writer.clusters[level as usize] -= 1;
+        if writer.clusters[level as usize] == 0 {
+            self.levels.store(self.levels.load(Relaxed) & !(1 << level), Release);
+        }
+        if let Some(branch) = place.branch {
+            writer.branched -= 1;
+            branch.shrank();
+            if branch.live() == 0 {
+                let word = self.slots().cut(region(cluster));
+                writer.index.take(&(key & !63..=key | 63));
+                writer.retire_branch(word);
+            }
         }
     }
 
     /// Fills a run that is empty.
     fn put(&self, writer: &mut Writer, run: Run, word: Word) {
-        let slot = self.claim(writer, run);
-        let there = Word(slot.value.load(Relaxed));
+        let place = self.claim(writer, run);
+        let there = Word(place.value.load(Relaxed));
         // SAFETY: from the table, and the writer is at hand.
         match unsafe { there.meaning() } {
             Meaning::Nothing => {
@@ -575,7 +474,11 @@ impl Table {
                 writer.clusters[run.level as usize] += 1;
                 // Before the value: who finds the level empty does not look for it.
                 self.levels.store(self.levels.load(Relaxed) | 1 << run.level, Release);
-                slot.value.store(word.0, Release);
+                if let Some(branch) = place.branch {
+                    branch.grew();
+                    writer.branched += 1;
+                }
+                place.value.store(word.0, Release);
             }
             Meaning::Leaf(leaf) => {
                 if !leaf.fill(run, word, &self.origin) {
@@ -583,35 +486,39 @@ impl Table {
                     let others = others.map(|at| (Run { index: at, count: 1, ..run }, leaf.word(at, &self.origin)));
                     // The one that does not fit comes first, so that no narrow leaf is filled in vain.
                     let wide = self.leaf(writer, iter::once((run, word)).chain(others));
-                    slot.value.store(if there.was_row() { wide.that_was_row() } else { wide }.0, Release);
+                    place.value.store(if there.was_row() { wide.that_was_row() } else { wide }.0, Release);
                 } else if !there.was_row()
                     && let Some(row) = leaf.row(run.level, &self.origin)
                 {
-                    slot.value.store(row.0, Release);
+                    place.value.store(row.0, Release);
                 } else {
                     return;
                 }
                 writer.retire_leaf(there);
             }
             Meaning::Granule { index, .. } => {
-                self.share(writer, slot, Run { index, count: 1, ..run }, there, run, word);
+                self.share(writer, place, Run { index, count: 1, ..run }, there, run, word);
             }
             Meaning::Span(span) => {
                 let old = runs(span.0.first, span.0.last).find(|old| old.key() == run.key());
-                self.share(writer, slot, old.expect("a span is where its runs are"), there, run, word);
+                self.share(writer, place, old.expect("a span is where its runs are"), there, run, word);
             }
             Meaning::Row { .. } => unreachable!("a row has no room"),
         }
     }
 
     /// Turns a cluster's single word into a leaf, with a second mapping beside the first.
-    fn share(&self, writer: &mut Writer, slot: Slot<'_>, old_run: Run, old: Word, run: Run, word: Word) {
+    fn share(&self, writer: &mut Writer, place: Place<'_>, old_run: Run, old: Word, run: Run, word: Word) {
         self.origin.choose(run.level, old);
-        slot.value.store(self.leaf(writer, [(old_run, old), (run, word)].into_iter()).0, Release);
+        place.value.store(self.leaf(writer, [(old_run, old), (run, word)].into_iter()).0, Release);
     }
 
-    /// A leaf of these words, narrow if they fit.
+    /// A leaf of these words, of the narrowest kind that they fit in.
     fn leaf(&self, writer: &mut Writer, words: impl Iterator<Item = (Run, Word)> + Clone) -> Word {
+        if let Some(tight) = TightLeaf::of(words.clone(), &self.origin) {
+            writer.tight += 1;
+            return tight;
+        }
         let narrow = NarrowLeaf::new();
         if words.clone().all(|(run, word)| Leaf::Narrow(&narrow).fill(run, word, &self.origin)) {
             writer.narrow += 1;
@@ -623,41 +530,76 @@ impl Table {
         Word::pointer(LEAF, Box::into_raw(wide))
     }
 
-    /// The slot of a run's cluster, which gets one if it has none.
-    fn claim(&self, writer: &mut Writer, run: Run) -> Slot<'_> {
-        if let Ok(slot) = self.slots().find(run.key()) {
-            return slot;
+    /// The place of a run's cluster, which gets one if it has none.
+    fn claim(&self, writer: &mut Writer, run: Run) -> Place<'_> {
+        if let Some(place) = self.find(run.key()) {
+            return place;
         }
         if (writer.claimed + 1) * 2 > self.slots().len() {
             self.rebuild(writer);
-        }
-        writer.claimed += 1;
-        let Err(slot) = self.slots().find(run.key()) else { unreachable!("looked for above") };
-        slot.key.store(run.key(), Release);
-        slot
-    }
-
-    /// Copies the clusters that hold something into slots enough for some more: at least half as many as they are.
-    fn rebuild(&self, writer: &mut Writer) {
-        let old = self.slots();
-        let new = Slots::new((writer.live * 3).next_power_of_two().max(FEWEST_SLOTS));
-        writer.index = Index::default();
-        for slot in old.iter() {
-            let value = slot.value.load(Relaxed);
-            if ![Word::NOTHING, Word::VACANT].contains(&Word(value)) {
-                let key = slot.key.load(Relaxed);
-                let Err(slot) = new.find(key) else { unreachable!("keys are unique") };
-                slot.value.store(value, Relaxed);
-                slot.key.store(key, Relaxed);
-                writer.index.add(key);
+            // Its region may have a branch by now.
+            if let Some(place) = self.find(run.key()) {
+                return place;
             }
         }
-        writer.claimed = writer.live;
+        writer.claimed += 1;
+        Place { value: self.slots().claim(run.key()), branch: None }
+    }
+
+    /// Copies the clusters that hold something into slots enough for some more. Crowded regions get a branch, and those that
+    /// hardly hold anything lose theirs.
+    fn rebuild(&self, writer: &mut Writer) {
+        let old = self.slots();
+        let in_slots = writer.clusters[PAGES as usize] - writer.branched;
+        let mut pages = Vec::with_capacity(in_slots);
+        let mut others = Vec::with_capacity(writer.live - writer.clusters[PAGES as usize] + writer.branches);
+        writer.index = Index::default();
+        for (key, word) in old.iter() {
+            // SAFETY: from the table, and the writer is at hand.
+            if let Some(branch) = unsafe { word.branch() } {
+                branch.clusters(key).for_each(|(key, _)| writer.index.add(key));
+                if branch.is_worth_keeping() {
+                    branch.forget_vacant();
+                    others.push((key, word));
+                } else {
+                    pages.extend(branch.clusters(key));
+                    writer.branched -= branch.live();
+                    writer.retire_branch(word);
+                }
+            } else {
+                writer.index.add(key);
+                if split(key).0 == PAGES { &mut pages } else { &mut others }.push((key, word));
+            }
+        }
+        pages.sort_unstable_by_key(|&(key, _)| key);
+        let crowd = |clusters: &[_]| clusters.len() >= MANY;
+        let regions = || pages.chunk_by(|(one, _), (next, _)| region(*one) == region(*next));
+        let keys =
+            others.len() + regions().map(|clusters| if crowd(clusters) { 1 } else { clusters.len() }).sum::<usize>();
+        let branches = writer.branches + regions().filter(|clusters| crowd(clusters)).count();
+        let mut new = Slots::new(keys, branches);
+        others.iter().for_each(|&(key, word)| new.put(key, word));
+        for clusters in regions() {
+            if crowd(clusters) {
+                writer.branches += 1;
+                writer.branched += clusters.len();
+                new.put(region(clusters[0].0), Branch::of(clusters));
+            } else {
+                clusters.iter().for_each(|&(key, word)| new.put(key, word));
+            }
+        }
+        writer.claimed = keys;
         let bytes = old.len() * SLOT;
         // Release: the copies above are there for whoever loads the pointer.
         let old = self.slots.swap(Box::into_raw(new), Release);
         // Unlinked by the line above, so it is retired once.
         writer.retire(Retired::Slots(old), bytes);
+    }
+
+    /// The place of a cluster that has one; for the writer.
+    fn find(&self, key: u64) -> Option<Place<'_>> {
+        // SAFETY: the writer is at hand; what it unlinks is freed only after it lets the lock go.
+        unsafe { self.slots().find(key) }
     }
 
     /// For the writer, which alone replaces them. Not kept across `claim`.
@@ -678,13 +620,22 @@ impl Writer {
 
     /// A leaf that no slot names any more, so that it is retired once.
     fn retire_leaf(&mut self, word: Word) {
-        if word.is_narrow() {
+        if word.is_tight() {
+            self.tight -= 1;
+            self.retire(Retired::Tight(word.to_tight()), size_of::<TightLeaf>());
+        } else if word.is_narrow() {
             self.narrow -= 1;
             self.retire(Retired::Narrow(word.to()), size_of::<NarrowLeaf>());
         } else {
             self.wide -= 1;
             self.retire(Retired::Wide(word.to()), size_of::<WideLeaf>());
         }
+    }
+
+    /// A branch that no slot names any more, as above.
+    fn retire_branch(&mut self, word: Word) {
+        self.branches -= 1;
+        self.retire(Retired::Branch(word.to()), BRANCH_BYTES);
     }
 
     pub(crate) fn is_worth_collecting(&self) -> bool {
@@ -703,9 +654,12 @@ impl Writer {
     /// How much memory the table takes, at most and but for what is about to be freed.
     pub(crate) fn bytes(&self) -> usize {
         // Of the slots, between a sixth and a half have keys; the index is a vector, and may have room for as much again.
-        self.live * (6 * SLOT + 2 * size_of::<u64>())
+        (self.live - self.branched + self.branches) * 6 * SLOT
+            + self.live * 2 * size_of::<u64>()
+            + self.branches * BRANCH_BYTES
             + self.wide * size_of::<WideLeaf>()
             + self.narrow * size_of::<NarrowLeaf>()
+            + self.tight * size_of::<TightLeaf>()
             + self.spans * size_of::<Span>()
     }
 }
@@ -717,18 +671,26 @@ impl Drop for Table {
         // SAFETY: from `Box::into_raw`, and unlinked for good.
         let slots = unsafe { Box::from_raw(self.slots.load(Acquire)) };
         let mut spans = BTreeSet::new();
-        for slot in slots.iter() {
-            let word = Word(slot.value.load(Relaxed));
-            match word.0 >> 56 {
-                SPAN => _ = spans.insert(word.address()),
-                LEAF => {
-                    // SAFETY: made by `Box::into_raw`, and in no other slot.
-                    let leaf = unsafe { Box::from_raw(word.to::<WideLeaf>()) };
-                    spans.extend(leaf.words().filter(|word| word.0 >> 56 == SPAN).map(Word::address));
-                }
-                // SAFETY: as above. Spans don't fit in.
-                NARROW => drop(unsafe { Box::from_raw(word.to::<NarrowLeaf>()) }),
-                _ => {}
+        let mut drop_cluster = |word: Word| match word.0 >> 56 {
+            SPAN => _ = spans.insert(word.address()),
+            LEAF => {
+                // SAFETY: made by `Box::into_raw`, and in no other place.
+                let leaf = unsafe { Box::from_raw(word.to::<WideLeaf>()) };
+                spans.extend(leaf.words().filter(|word| word.0 >> 56 == SPAN).map(Word::address));
+            }
+            // SAFETY: as above. Spans don't fit in.
+            NARROW => drop(unsafe { Box::from_raw(word.to::<NarrowLeaf>()) }),
+            // SAFETY: as above.
+            _ if word.is_tight() => drop(unsafe { Box::from_raw(word.to_tight()) }),
+            _ => {}
+        };
+        for (key, word) in slots.iter() {
+            if word.0 >> 56 == BRANCH {
+                // SAFETY: as above.
+                let branch = unsafe { Box::from_raw(word.to::<Branch>()) };
+                branch.clusters(key).for_each(|(_, word)| drop_cluster(word));
+            } else {
+                drop_cluster(word);
             }
         }
         for span in spans {

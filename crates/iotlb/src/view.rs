@@ -3,6 +3,7 @@ use crate::lease::{Holds, Lease};
 use crate::questions::{Handle, Verdict};
 use crate::sync::{AtomicBool, AtomicU64, fence, lock};
 use crate::table::Translation;
+use crate::word::Word;
 use ringfence_dma::{Access, BusAddr, Fault, FaultReason, HostSlice, Memory, Miss, Permission, Stop, Ticket};
 use std::cell::{Cell, RefCell};
 use std::ptr::NonNull;
@@ -16,7 +17,7 @@ use std::time::Instant;
 pub struct View {
     iotlb: Arc<Iotlb>,
     seat: Arc<Seat>,
-    /// Of the visit, and of what is remembered.
+    /// Of the visit, and of what is remembered: the stamp of what allows nothing.
     generation: Cell<u64>,
     /// The last that was found of more than a page: hits as long as all accesses lie in one large mapping.
     latest: Cell<Remembered>,
@@ -153,7 +154,7 @@ impl View {
         // Orders the store above before the loads of the generation, below, and of the table, in `find`; in pair with
         // the fence in `Iotlb::removed`.
         fence(SeqCst);
-        self.generation.set(self.iotlb.generation());
+        self.generation.set(self.iotlb.generation() << 2);
     }
 
     #[inline]
@@ -166,7 +167,7 @@ impl View {
     /// What is mapped at `addr`, if it allows `access`. Called in a visit.
     #[inline]
     fn find(&self, addr: u64, access: Access) -> Option<Remembered> {
-        let stamp = self.generation.get() << 2 | right(access);
+        let stamp = self.stamp(right(access));
         // One comparison for both ends: of two the first would go either way, and the processor could not foresee it.
         let fits = |it: Remembered| {
             it.stamp & (!3 | stamp) == stamp && addr.wrapping_sub(it.first) <= it.last.wrapping_sub(it.first)
@@ -179,25 +180,37 @@ impl View {
         if fits(remembered) {
             return Some(remembered);
         }
-        self.look_up(addr).filter(|&found| fits(found))
-    }
-
-    /// What the shared table has at `addr`, and remembers it. Apart from [`View::find`], which is everywhere in what a request
-    /// costs, and finds most things without.
-    #[inline(never)]
-    fn look_up(&self, addr: u64) -> Option<Remembered> {
-        // SAFETY: in a visit, as `find`, which alone calls this.
-        match unsafe { self.iotlb.table().page(addr) } {
-            Some(page) => Some(self.remember(addr, page)),
-            None => self.look_further(addr),
+        let page = self.page(addr);
+        if page.rights() & right(access) != 0 {
+            let (first, last) = (addr & !(PAGE - 1), addr | (PAGE - 1));
+            return Some(
+                self.remember(addr, Remembered { first, last, host: page.address(), stamp: self.stamp(page.rights()) }),
+            );
         }
+        self.look_further(addr).filter(|&found| fits(found))
     }
 
+    /// The page that the shared table has at `addr`, if it is quickly found. Apart from [`View::find`], which is everywhere in
+    /// what a request costs, and finds most things without. In and out by registers.
+    #[inline(never)]
+    fn page(&self, addr: u64) -> Word {
+        // SAFETY: in a visit, as `find`, which alone calls this.
+        unsafe { self.iotlb.table().page(addr) }
+    }
+
+    /// What the shared table has at `addr`.
     #[inline(never)]
     fn look_further(&self, addr: u64) -> Option<Remembered> {
-        // SAFETY: in a visit, as in `look_up`.
+        // SAFETY: in a visit, as in `page`.
         let found = unsafe { self.iotlb.table().lookup(addr) }?;
-        let remembered = self.remember(addr, found);
+        let rights = match found.permission {
+            Permission::ReadOnly => READ,
+            Permission::WriteOnly => WRITE,
+            Permission::ReadWrite => READ | WRITE,
+        };
+        let Translation { first, last, host, .. } = found;
+        let remembered = Remembered { first, last, host, stamp: self.stamp(rights) };
+        self.remember(addr, remembered);
         if found.last - found.first >= PAGE {
             self.latest.set(remembered);
         }
@@ -205,16 +218,14 @@ impl View {
     }
 
     #[inline]
-    fn remember(&self, addr: u64, found: Translation) -> Remembered {
-        let Translation { first, last, host, permission } = found;
-        let rights = match permission {
-            Permission::ReadOnly => READ,
-            Permission::WriteOnly => WRITE,
-            Permission::ReadWrite => READ | WRITE,
-        };
-        let remembered = Remembered { first, last, host, stamp: self.generation.get() << 2 | rights };
-        self.remembered[(addr / PAGE) as usize % REMEMBERED].set(remembered);
-        remembered
+    fn remember(&self, addr: u64, found: Remembered) -> Remembered {
+        self.remembered[(addr / PAGE) as usize % REMEMBERED].set(found);
+        found
+    }
+
+    #[inline]
+    fn stamp(&self, rights: u64) -> u64 {
+        self.generation.get() | rights
     }
 
     /// Asks for what is not there; `part` of something for which [`View::wait_for`] says what is waited for.

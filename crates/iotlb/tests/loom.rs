@@ -481,3 +481,41 @@ fn what_comes_late_goes_to_where_the_page_is_then() {
         queue.join().unwrap();
     });
 }
+
+/// A region's clusters go from their slots to a branch, and the branch goes when the last of them does; one of them is never
+/// taken away, another is, and comes again.
+#[test]
+fn a_branch_that_comes_and_goes_hides_no_mapping_and_no_removal() {
+    let cluster = |at: u64| BusAddr(at << 18 | 0x5000);
+    for stays in [true, false] {
+        check(AtMost(3), move || {
+            let (world, iotlb) = (World::new(), cache());
+            // Two clusters of a region have slots, and are all that slots are there for.
+            map(&iotlb, cluster(0), 0);
+            if stays {
+                map(&iotlb, cluster(1), 1);
+            }
+            let mut view = iotlb.view(Arc::new(Nobody));
+            let queue = thread::spawn({
+                let world = LoomArc::clone(&world);
+                move || {
+                    if stays {
+                        assert!(touch(&world, &mut view, cluster(1)), "what was never taken away");
+                    }
+                    touch(&world, &mut view, cluster(0));
+                }
+            });
+            if !stays {
+                map(&iotlb, cluster(1), 0);
+            }
+            // The slots are replaced.
+            map(&iotlb, cluster(200), 0);
+            if !stays {
+                iotlb.invalidate(BusAddr(0), cluster(63)).wait();
+            }
+            iotlb.invalidate(cluster(0), cluster(0).last(4096).unwrap()).wait();
+            world.give_away(0);
+            queue.join().unwrap();
+        });
+    }
+}

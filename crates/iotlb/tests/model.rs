@@ -296,3 +296,119 @@ fn many_pages_come_and_go() {
         assert_eq!(iotlb.statistics().mappings, 0);
     }
 }
+
+/// A change in one of a few regions of 64 clusters of 64 pages.
+#[derive(Clone, Copy, Debug)]
+enum Crowd {
+    /// One page in each of so many clusters of a region, from one on.
+    Map { region: u64, first: u64, count: u64 },
+    /// All of so many clusters.
+    Invalidate { region: u64, first: u64, count: u64 },
+}
+
+fn crowd() -> impl Strategy<Value = Crowd> {
+    let clusters = || (0..3u64, 0..64u64, prop_oneof![Just(1), 1..10u64, Just(64)]);
+    prop_oneof![
+        3 => clusters().prop_map(|(region, first, count)| Crowd::Map { region, first, count }),
+        2 => clusters().prop_map(|(region, first, count)| Crowd::Invalidate { region, first, count }),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn regions_fill_and_empty(changes in prop::collection::vec(crowd(), 1..60), capacity in prop_oneof![Just(1 << 20), 20..200usize]) {
+        let iotlb = Iotlb::new(Unmapped::Ask(Arc::new(Nobody)), Options { capacity, ..Options::default() });
+        let mut view = iotlb.view(Arc::new(Nobody));
+        let mut model = std::collections::BTreeMap::new();
+        // Elsewhere, so that slots are replaced now and then whatever the regions hold.
+        let mut elsewhere = 1u64 << 40;
+        for (number, change) in changes.into_iter().enumerate() {
+            let page_of = |region: u64, cluster: u64| region << 24 | cluster << 18 | 0x5000;
+            let map = |page: u64| {
+                let target = NonNull::new(std::ptr::without_provenance_mut(((number + 1) << 20) + (page & 0xf000) as usize)).unwrap();
+                // SAFETY: no memory at all, and what is resolved is only looked at.
+                unsafe { iotlb.update(BusAddr(page), BusAddr(page | 0xfff), target, Permission::ReadWrite) }.unwrap().wait();
+            };
+            match change {
+                Crowd::Map { region, first, count } => {
+                    for cluster in first..(first + count).min(64) {
+                        let page = page_of(region, cluster);
+                        map(page);
+                        model.insert(page, ((number + 1) << 20) + 0x5000);
+                    }
+                }
+                Crowd::Invalidate { region, first, count } => {
+                    let (first, last) = (region << 24 | first << 18, (region << 24 | first << 18) + (count << 18) - 1);
+                    iotlb.invalidate(BusAddr(first), BusAddr(last)).wait();
+                    model.retain(|&page, _| page < first || page > last);
+                }
+            }
+            for _ in 0..number % 40 {
+                map(elsewhere);
+                elsewhere += 1 << 24;
+            }
+            iotlb.invalidate(BusAddr(1 << 40), BusAddr(u64::MAX)).wait();
+            let visit = view.visit();
+            let mut found = 0;
+            for page in (0..3).flat_map(|region| (0..64).map(move |cluster| page_of(region, cluster))) {
+                let there = visit.resolve(BusAddr(page), 1, Access::Read, None).ok().map(|slice| slice.as_ptr().addr());
+                found += u64::from(there.is_some());
+                // A small cache forgets, and does not lie.
+                prop_assert!(there == model.get(&page).copied() || there.is_none() && capacity < 1000, "{:#x}", page);
+            }
+            prop_assert_eq!(found, iotlb.statistics().mappings);
+            prop_assert!(found <= capacity as u64);
+        }
+        iotlb.clear().wait();
+        prop_assert_eq!((iotlb.statistics().mappings, iotlb.statistics().bytes), (0, 0));
+    }
+}
+
+/// Clusters that follow each other share what leads to them.
+#[test]
+fn neighbours_take_less_memory_than_strangers() {
+    let bytes = |distance: u64| {
+        let iotlb = Iotlb::new(Unmapped::Ask(Arc::new(Nobody)), Options::default());
+        for i in 0..10_000 {
+            let page = i * distance;
+            let target = NonNull::new(std::ptr::without_provenance_mut(0x1000)).unwrap();
+            // SAFETY: no memory at all, and nobody looks at it.
+            let fence = unsafe { iotlb.update(BusAddr(page), BusAddr(page | 0xfff), target, Permission::ReadOnly) };
+            fence.unwrap().wait();
+        }
+        iotlb.statistics().bytes / 10_000
+    };
+    let (pages, neighbours, strangers) = (bytes(1 << 12), bytes(1 << 18), bytes(1 << 24));
+    assert!(pages * 4 < neighbours && neighbours * 3 < strangers, "{pages}, {neighbours} and {strangers} bytes a page");
+}
+
+/// Whether they are neighbours or strangers: one that is too many takes the place of a few, and not always of the same.
+#[test]
+fn a_full_cache_keeps_most_of_what_it_has() {
+    for distance in [1 << 12, 1 << 18, 1 << 24] {
+        let capacity = 4096;
+        let iotlb = Iotlb::new(Unmapped::Ask(Arc::new(Nobody)), Options { capacity, ..Options::default() });
+        let map = |i: u64| {
+            let target = NonNull::new(std::ptr::without_provenance_mut(0x1000)).unwrap();
+            let page = i * distance;
+            // SAFETY: no memory at all, and nobody looks at it.
+            unsafe { iotlb.update(BusAddr(page), BusAddr(page | 0xfff), target, Permission::ReadOnly) }.unwrap().wait();
+        };
+        (0..capacity as u64).for_each(map);
+        assert_eq!(iotlb.statistics().evictions, 0);
+        let mut gone = std::collections::BTreeSet::new();
+        for _ in 0..20 {
+            let mapped = |i: &u64| iotlb.is_mapped(BusAddr(i * distance));
+            // Full again, and one more.
+            let missing: Vec<u64> = (0..capacity as u64 + 1).filter(|i| !mapped(i)).collect();
+            gone.extend(missing.iter().copied());
+            let before = iotlb.statistics().evictions;
+            missing.into_iter().for_each(map);
+            let evicted = iotlb.statistics().evictions - before;
+            assert!((1..=200).contains(&evicted), "{evicted} for one more");
+        }
+        assert!(gone.len() > 500, "the same {} each time", gone.len());
+    }
+}
