@@ -17,7 +17,7 @@ pub(crate) struct Span(pub(crate) Translation);
 /// | --- | --- | --- |
 /// | writable, readable | which of the cluster's granules | host address |
 /// | 0 | 1 | address of a [`Span`] |
-/// | 0 | 2 | address of a [`WideLeaf`], in a cluster's word only |
+/// | 0 | 2 | address of a [`WideLeaf`](crate::leaf::WideLeaf), in a cluster's word only |
 /// | 0 | 3 | 0: nothing, in a cluster that is in the index still |
 /// | 0 | 4 | address of a [`NarrowLeaf`], in a cluster's word only |
 /// | 0 | 5 | a row's host address, with what is allowed in bits 1 and 0, in a cluster's word only |
