@@ -95,22 +95,24 @@ impl Leaf<'_> {
     /// Fills a run with `word`; `false` where that does not fit, and nothing was done.
     pub(crate) fn fill(self, run: Run, word: Word, origin: &Origin) -> bool {
         match self {
-            Leaf::Wide(leaf) => leaf.fill(run, word),
+            Leaf::Wide(leaf) => {
+                leaf.fill(run, word);
+                return true;
+            }
             Leaf::Narrow(leaf) => {
                 let page = pages_from(origin.of_narrow(), run.level, word).filter(|&page| page < WITHIN);
                 let Some(page) = page else { return false };
                 let half = (word.rights() << 30 | page) as u32;
                 leaf.halves[run.index as usize].store(half, Release);
-                leaf.used.store(leaf.used.load(Relaxed) | run.mask(), Relaxed);
             }
             Leaf::Tight(leaf) => {
                 let page = pages_from(origin.of_tight(), run.level, word).filter(|_| word.rights() == leaf.rights);
                 let page = page.and_then(|page| page.checked_sub(leaf.base * BASE)).filter(|&page| page < NEAR);
                 let Some(page) = page else { return false };
                 leaf.leaf.quarters[run.index as usize].store(page as u16 + 1, Release);
-                leaf.leaf.used.store(leaf.leaf.used.load(Relaxed) | run.mask(), Relaxed);
             }
         }
+        self.marks().store(self.used() | run.mask(), Relaxed);
         true
     }
 
@@ -121,7 +123,7 @@ impl Leaf<'_> {
             return None;
         }
         let first = self.word(0, origin);
-        let (rights, host) = (first.0 >> 62, first.address());
+        let (rights, host) = (first.rights(), first.address());
         let distance = |at| u64::from(at) << (6 * level);
         let is_possible = rights != 0 && host.is_multiple_of(1 << PAGE_BITS) && host + distance(63) <= ADDRESS;
         // The word of a granule has its index, too.

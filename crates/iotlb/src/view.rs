@@ -3,8 +3,8 @@ use crate::lease::{Holds, Lease};
 use crate::questions::{Handle, Verdict};
 use crate::sync::{AtomicBool, AtomicU64, fence, lock};
 use crate::table::Translation;
-use crate::word::Word;
-use ringfence_dma::{Access, BusAddr, Fault, FaultReason, HostSlice, Memory, Miss, Permission, Stop, Ticket};
+use crate::word::{READ, WRITE, Word, rights};
+use ringfence_dma::{Access, BusAddr, Fault, FaultReason, HostSlice, Memory, Miss, Stop, Ticket};
 use std::cell::{Cell, RefCell};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -44,8 +44,6 @@ struct Remembered {
 }
 
 const PAGE: u64 = 4096;
-const READ: u64 = 1;
-const WRITE: u64 = 2;
 
 fn right(access: Access) -> u64 {
     match access {
@@ -203,13 +201,8 @@ impl View {
     fn look_further(&self, addr: u64) -> Option<Remembered> {
         // SAFETY: in a visit, as in `page`.
         let found = unsafe { self.iotlb.table().lookup(addr) }?;
-        let rights = match found.permission {
-            Permission::ReadOnly => READ,
-            Permission::WriteOnly => WRITE,
-            Permission::ReadWrite => READ | WRITE,
-        };
-        let Translation { first, last, host, .. } = found;
-        let remembered = Remembered { first, last, host, stamp: self.stamp(rights) };
+        let Translation { first, last, host, permission } = found;
+        let remembered = Remembered { first, last, host, stamp: self.stamp(rights(permission)) };
         self.remember(addr, remembered);
         if found.last - found.first >= PAGE {
             self.latest.set(remembered);

@@ -56,6 +56,19 @@ const TIGHT: u64 = 8;
 const WAS_ROW: u64 = 1;
 const TIGHT_WAS_ROW: u64 = 1 << 43;
 
+/// What may be allowed, as bits: a word's upper two.
+pub(crate) const READ: u64 = 1;
+pub(crate) const WRITE: u64 = 2;
+
+/// The other way round: [`Word::permission`].
+pub(crate) fn rights(permission: Permission) -> u64 {
+    match permission {
+        Permission::ReadOnly => READ,
+        Permission::WriteOnly => WRITE,
+        Permission::ReadWrite => READ | WRITE,
+    }
+}
+
 impl Word {
     pub(crate) const NOTHING: Word = Word(0);
     /// A driver that maps each request comes back to the same clusters over and over: they stay in the index.
@@ -63,12 +76,7 @@ impl Word {
 
     pub(crate) fn granule(index: u32, host: u64, permission: Permission) -> Word {
         debug_assert!(index < 64 && host <= ADDRESS);
-        let rights = match permission {
-            Permission::ReadOnly => 1,
-            Permission::WriteOnly => 2,
-            Permission::ReadWrite => 3,
-        };
-        Word(rights << 62 | u64::from(index) << 56 | host)
+        Word(rights(permission) << 62 | u64::from(index) << 56 | host)
     }
 
     /// What a granule's word allows, or the two bits of a row's.
@@ -90,7 +98,7 @@ impl Word {
         self.0 & ADDRESS
     }
 
-    /// What a granule's word allows: 1 to read, 2 to write.
+    /// What a granule's word allows, in bits.
     #[inline]
     pub(crate) fn rights(self) -> u64 {
         self.0 >> 62

@@ -17,6 +17,13 @@ impl Wake for Nobody {
     fn wake(&self) {}
 }
 
+/// One mapping, in the place of whatever was there.
+fn update(iotlb: &Iotlb, first: u64, last: u64, host: usize, permission: Permission) {
+    let target = NonNull::new(std::ptr::without_provenance_mut(host)).unwrap();
+    // SAFETY: no memory at all, and what is resolved is only looked at.
+    unsafe { iotlb.update(BusAddr(first), BusAddr(last), target, permission) }.unwrap().wait();
+}
+
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Update { first: u64, last: u64, host: usize, permission: Permission },
@@ -108,9 +115,7 @@ fn check(iotlb: &Arc<Iotlb>, model: &mut Vec<Mapping>, steps: &[Step], exact: bo
             Step::Update { first, last, host, permission } => {
                 model.retain(|mapping| !mapping.overlaps(first, last));
                 model.push(Mapping { first, last, host, permission });
-                let target = NonNull::new(std::ptr::without_provenance_mut(host)).unwrap();
-                // SAFETY: no memory at all, and what is resolved is only looked at.
-                unsafe { iotlb.update(BusAddr(first), BusAddr(last), target, permission) }.unwrap().wait();
+                update(iotlb, first, last, host, permission);
                 look(first, model);
                 look(last, model);
             }
@@ -231,9 +236,7 @@ proptest! {
                     return;
                 }
                 model[pages].fill(Some((mappings, distance, permission)));
-                let target = NonNull::new(std::ptr::without_provenance_mut(distance + first as usize)).unwrap();
-                // SAFETY: no memory at all, and what is resolved is only looked at.
-                unsafe { iotlb.update(BusAddr(first), BusAddr(last), target, permission) }.unwrap().wait();
+                update(&iotlb, first, last, distance + first as usize, permission);
             };
             match change {
                 Change::Each { first, count, distance, permission } => {
@@ -267,14 +270,11 @@ fn many_pages_come_and_go() {
         let iotlb = Iotlb::new(Unmapped::Ask(Arc::new(Nobody)), Options { capacity, ..Options::default() });
         let mut view = iotlb.view(Arc::new(Nobody));
         let host = |page: u64| 0x1000_0000 + (page & 0x3ff_ffff_ffff) as usize + offset;
-        let target = |page: u64| NonNull::new(std::ptr::without_provenance_mut(host(page))).unwrap();
         let pages: Vec<u64> = (0..20_000u64)
             .map(|i| if i % 2 == 0 { i << 12 } else { i.wrapping_mul(0x9e37_79b9_7f4a_7c15) & !4095 })
             .collect();
         for &page in &pages {
-            let last = BusAddr(page).last(4096).unwrap();
-            // SAFETY: no memory at all, and what is resolved is only looked at.
-            unsafe { iotlb.update(BusAddr(page), last, target(page), Permission::ReadWrite) }.unwrap().wait();
+            update(&iotlb, page, page | 0xfff, host(page), Permission::ReadWrite);
             let seen = iotlb.statistics();
             assert!(seen.mappings <= capacity as u64 && seen.bytes <= capacity as u64 * 128 + 4096, "{seen:?}");
         }
@@ -327,9 +327,8 @@ proptest! {
         for (number, change) in changes.into_iter().enumerate() {
             let page_of = |region: u64, cluster: u64| region << 24 | cluster << 18 | 0x5000;
             let map = |page: u64| {
-                let target = NonNull::new(std::ptr::without_provenance_mut(((number + 1) << 20) + (page & 0xf000) as usize)).unwrap();
-                // SAFETY: no memory at all, and what is resolved is only looked at.
-                unsafe { iotlb.update(BusAddr(page), BusAddr(page | 0xfff), target, Permission::ReadWrite) }.unwrap().wait();
+                let host = ((number + 1) << 20) + (page & 0xf000) as usize;
+                update(&iotlb, page, page | 0xfff, host, Permission::ReadWrite);
             };
             match change {
                 Crowd::Map { region, first, count } => {
@@ -373,10 +372,7 @@ fn neighbours_take_less_memory_than_strangers() {
         let iotlb = Iotlb::new(Unmapped::Ask(Arc::new(Nobody)), Options::default());
         for i in 0..10_000 {
             let page = i * distance;
-            let target = NonNull::new(std::ptr::without_provenance_mut(0x1000)).unwrap();
-            // SAFETY: no memory at all, and nobody looks at it.
-            let fence = unsafe { iotlb.update(BusAddr(page), BusAddr(page | 0xfff), target, Permission::ReadOnly) };
-            fence.unwrap().wait();
+            update(&iotlb, page, page | 0xfff, 0x1000, Permission::ReadOnly);
         }
         iotlb.statistics().bytes / 10_000
     };
@@ -391,10 +387,8 @@ fn a_full_cache_keeps_most_of_what_it_has() {
         let capacity = 4096;
         let iotlb = Iotlb::new(Unmapped::Ask(Arc::new(Nobody)), Options { capacity, ..Options::default() });
         let map = |i: u64| {
-            let target = NonNull::new(std::ptr::without_provenance_mut(0x1000)).unwrap();
             let page = i * distance;
-            // SAFETY: no memory at all, and nobody looks at it.
-            unsafe { iotlb.update(BusAddr(page), BusAddr(page | 0xfff), target, Permission::ReadOnly) }.unwrap().wait();
+            update(&iotlb, page, page | 0xfff, 0x1000, Permission::ReadOnly);
         };
         (0..capacity as u64).for_each(map);
         assert_eq!(iotlb.statistics().evictions, 0);
